@@ -1,0 +1,89 @@
+"""Which tensors have zero mean along an axis, proved from the structure of the graph alone.
+
+Nothing is remembered from the passes that centred something: the proof starts at `x - mean(x)` itself, so a later pass
+that breaks it also breaks the proof.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from normfuse.analysis.axes import carried_operands
+from normfuse.node import argument, aten, is_op, positive_axis, rank, shape, value
+from normfuse.ops import RMS_NORM
+from normfuse.program import Program
+
+
+class ZeroMean:
+    """`zero_mean(node, axis)`: is the mean over that axis exactly zero in real arithmetic, whatever the inputs?"""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[fx.Node, int], bool] = {}
+
+    def __call__(self, node: fx.Node, axis: int) -> bool:
+        key = (node, positive_axis(axis, max(rank(node), 1)))
+        pending = [key]
+        while pending:
+            top = pending[-1]
+            if top in self._known:
+                pending.pop()
+                continue
+            needs = self._premises(*top)
+            if needs is None:
+                self._known[top] = False
+            elif missing := [n for n in needs if n not in self._known]:
+                pending.extend(missing)
+                continue
+            else:
+                self._known[top] = all(self._known[n] for n in needs)
+            pending.pop()
+        return self._known[key]
+
+    def _premises(self, node: fx.Node, axis: int) -> list[tuple[fx.Node, int]] | None:
+        """What must be zero-mean for this to be; an empty list: it is; None: it need not be."""
+        if _is_centred(node, axis):
+            return []
+        carried = carried_operands(node, axis)
+        if carried is not None:
+            return carried
+        last = rank(node) - 1
+        if is_op(node, aten.linear) and axis == last:
+            return _affine(argument(node, "weight"), 0, argument(node, "bias"))
+        if is_op(node, aten.addmm) and axis == last:
+            return _affine(argument(node, "mat2"), 1, argument(node, "self"))
+        if is_op(node, aten.embedding) and axis == last:
+            return [(argument(node, "weight"), 1)]
+        if is_op(node, aten.conv1d, aten.conv2d, aten.conv3d) and axis == 1:
+            return _affine(argument(node, "weight"), 0, argument(node, "bias"))
+        if is_op(node, aten.layer_norm) and axis == last and len(argument(node, "normalized_shape")) == 1:
+            plain = argument(node, "weight") is None and argument(node, "bias") is None
+            return [] if plain else None
+        return None
+
+
+def _affine(weight: fx.Node, axis: int, bias: fx.Node | None) -> list[tuple[fx.Node, int]]:
+    return [(weight, axis)] + ([(bias, rank(bias) - 1)] if isinstance(bias, fx.Node) else [])
+
+
+def _is_centred(node: fx.Node, axis: int) -> bool:
+    """x - mean(x, axis, keepdim=True)"""
+    if not is_op(node, aten.sub) or argument(node, "alpha") != 1:
+        return False
+    x, m = node.args[0], node.args[1]
+    if not isinstance(m, fx.Node) or not is_op(m, aten.mean) or m.args[0] is not x or not isinstance(x, fx.Node):
+        return False
+    axes = [positive_axis(a, rank(x)) for a in argument(m, "dim") or []]
+    return axes == [axis] and bool(argument(m, "keepdim")) and value(node) is not None and shape(node) == shape(x)
+
+
+def zero_mean(program: Program) -> ZeroMean:
+    """The analysis as a fact of a program; answers are worked out when asked for."""
+    return ZeroMean()
+
+
+def mark_zero_mean(program: Program) -> None:
+    """Write the proofs that lowering can use onto the norms, while the weight programs still show them."""
+    known = ZeroMean()
+    for node in program.graph.nodes:
+        if is_op(node, RMS_NORM) and list(argument(node, "axes")) == [-1]:
+            node.meta["zero_mean"] = known(node.args[0], -1)

@@ -1,0 +1,232 @@
+"""Capture: a module, an ExportedProgram or an fx graph becomes a Program.
+
+There is one road: `torch.export` before dispatch. A GraphModule (symbolic trace, Dynamo) is a module like any other and
+is retraced; an ExportedProgram is taken as it is. `dynamic_shapes="auto"` lets every dimension vary that varies cheaply:
+batch and sequence always, image sizes in purely convolutional networks, and falls back step by step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from normfuse.canonical import from_exported
+from normfuse.errors import CaptureError, InputError
+from normfuse.node import is_op
+from normfuse.program import Program, bind
+
+Shapes = Any
+_CONVOLUTIONAL_RANK = 4
+
+
+def capture(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Shapes = "auto",
+    check_training: bool = True,
+) -> Program:
+    """The canonical program of `model` for inference.
+
+    `args` and `kwargs` are example inputs as `torch.export.export` takes them; `dynamic_shapes` as in `optimize`.
+    Raises `CaptureError` naming the module, the source line and what to try.
+    """
+    if isinstance(model, ExportedProgram):
+        return from_exported(model)
+    _check_model(model, check_training)
+    _check_inputs(args, kwargs)
+    parameters = _signature(model)
+    try:
+        positional, named = bind(parameters, args, kwargs or {})
+    except InputError as error:
+        raise CaptureError(f"{type(model).__name__}: {error}") from None
+    _support_transformers_caches(model)
+    attempts = _attempts(model, positional, named, dynamic_shapes, parameters)
+    program, notes = _first_success(model, attempts)
+    program.signature = replace(program.signature, parameters=parameters)
+    program.notes = notes
+    if dynamic_shapes == "auto" and _purely_convolutional(program):
+        program = _with_free_images(model, positional, named, parameters, program)
+    return program
+
+
+def _check_model(model: Any, check_training: bool) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"cannot capture a {type(model).__name__}: pass a torch.nn.Module, a torch.fx.GraphModule or a "
+            "torch.export.ExportedProgram"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("cannot capture a TorchScript module: pass the Python module it was scripted from")
+    if not check_training:
+        return
+    for name, module in model.named_modules():
+        if module.training and not isinstance(module, nn.ModuleList | nn.ModuleDict):
+            where = f"its submodule {name!r}" if name else "the model"
+            raise CaptureError(f"{where} is in training mode: call model.eval() first")
+
+
+def _check_inputs(args: Any, kwargs: Any) -> None:
+    if isinstance(args, Tensor):
+        raise CaptureError("args must be a tuple of example inputs: write (x,) rather than x")
+    if not isinstance(args, tuple | list):
+        raise CaptureError(f"args must be a tuple of example inputs, not {type(args).__name__}")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise CaptureError(f"kwargs must be a dict of example inputs, not {type(kwargs).__name__}")
+
+
+def _signature(model: nn.Module) -> inspect.Signature | None:
+    try:
+        return inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return None
+
+
+def _support_transformers_caches(model: nn.Module) -> None:
+    """Transformers returns cache objects; it can describe them to pytree itself, but only when asked."""
+    if "transformers" not in sys.modules or not type(model).__module__.startswith("transformers"):
+        return
+    with contextlib.suppress(ImportError, AttributeError, ValueError):
+        from transformers.integrations.executorch import register_dynamic_cache_export_support
+
+        register_dynamic_cache_export_support()
+
+
+# -- dynamic shapes -----------------------------------------------------------------------------------------------
+
+
+Attempt = tuple[str, tuple[Any, ...], dict[str, Any], Shapes]
+
+
+def _attempts(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes, parameters: inspect.Signature | None
+) -> Iterator[Attempt]:
+    if shapes is None:
+        yield "", args, kwargs, None
+        return
+    if shapes != "auto":
+        yield "", args, kwargs, _by_name(shapes, args, kwargs, parameters)
+        return
+    two_args, two_kwargs = _at_least_two(args, kwargs)
+    yield "", two_args, two_kwargs, _auto(model, two_args, two_kwargs, lambda t: range(t.dim() if t.dim() < 4 else 1))
+    yield "only the batch size may vary", two_args, two_kwargs, _auto(model, two_args, two_kwargs, lambda t: range(1))
+    yield "all sizes are fixed", args, kwargs, None
+
+
+def _by_name(shapes: Shapes, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Any) -> Shapes:
+    """A tuple of specifications follows the user's positional order, but inputs are passed by name here."""
+    if isinstance(shapes, tuple | list) and not args:
+        return dict(zip(kwargs, shapes, strict=False))
+    return shapes
+
+
+def _at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The exporter specialises to an example batch of 1; two copies of the batch keep it free."""
+    tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim() > 0]
+    if not tensors or any(t.shape[0] != 1 for t in tensors):
+        return args, kwargs
+    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() > 0 else t, (args, kwargs))
+
+
+def _auto(model: nn.Module, args: Any, kwargs: Any, free: Callable[[Tensor], range]) -> Shapes:
+    collection = ShapesCollection()
+    for tensor in pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor) and tensor.dim() > 0:
+            collection[tensor] = {axis: Dim.AUTO for axis in free(tensor) if tensor.shape[axis] > 1}
+    return collection.dynamic_shapes(model, args, kwargs)
+
+
+def _purely_convolutional(program: Program) -> bool:
+    """Free image sizes are cheap to export where no view, window or attention depends on them."""
+    images = any(leaf.is_tensor and len(leaf.sizes) == _CONVOLUTIONAL_RANK for leaf in program.signature.leaves)
+    aten = torch.ops.aten
+    bound = (aten.view, aten.reshape, aten.roll, aten.scaled_dot_product_attention, aten.matmul, aten.softmax, aten.permute)
+    return images and not any(is_op(node, *bound) for node in program.graph.nodes)
+
+
+def _with_free_images(model: nn.Module, args: Any, kwargs: Any, parameters: Any, fallback: Program) -> Program:
+    two_args, two_kwargs = _at_least_two(args, kwargs)
+    with contextlib.suppress(CaptureError):
+        shapes = _auto(model, two_args, two_kwargs, lambda t: range(t.dim()))
+        program = _export(model, two_args, two_kwargs, shapes)
+        program.signature = replace(program.signature, parameters=parameters)
+        return program
+    return fallback
+
+
+# -- export -------------------------------------------------------------------------------------------------------
+
+
+def _first_success(model: nn.Module, attempts: Iterator[Attempt]) -> tuple[Program, tuple[str, ...]]:
+    failure: CaptureError | None = None
+    for note, args, kwargs, shapes in attempts:
+        try:
+            return _export(model, args, kwargs, shapes), ((note,) if note else ())
+        except CaptureError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes) -> Program:
+    try:
+        with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+    return from_exported(exported)
+
+
+@contextlib.contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """The exporter warns about each dimension it specialises; the program's signature says that more clearly."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")]
+    loggers += [logging.getLogger("torch._export.non_strict_utils")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _explain(model: nn.Module, error: BaseException) -> str:
+    """One line: which model, where, why, and what to try."""
+    names = {id(module): name for name, module in model.named_modules()}
+    where = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and not isinstance(owner, fx.GraphModule) and id(owner) in names:
+            module = names[id(owner)] or type(model).__name__
+            file = frame.f_code.co_filename.replace("\\", "/").rpartition("/")[2]
+            if "torch/nn/modules/module" not in frame.f_code.co_filename.replace("\\", "/"):
+                where = f" in {module} ({file}:{line})"
+    reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
+    return f"{type(model).__name__} could not be captured{where}: {reason[:300]} -- {_advice(error)}"
+
+
+def _advice(error: BaseException) -> str:
+    text = f"{type(error).__name__} {error}".lower()
+    if "data-dependent" in text or "guardondatadependent" in text or "unbacked" in text:
+        return "the model branches on values of its inputs: move that branch out of forward(), or use torch.where"
+    if "pytree" in text or "not a known type" in text:
+        return "return tensors in tuples, lists or dicts, or register the class with torch.export.register_dataclass"
+    if isinstance(error, TypeError | AttributeError | IndexError | ValueError):
+        return "check that model(*args, **kwargs) runs with these example inputs"
+    return "check that model(*args, **kwargs) runs, or pass dynamic_shapes=None"

@@ -1,0 +1,252 @@
+"""Running canonical graphs in float64, several inputs in lockstep, with no more weights alive than needed.
+
+Every floating dtype is promoted, explicit casts included: a float64 run that rounds to float32 on the way proves
+nothing. Weight programs are evaluated where they are first read and dropped after that; of a large weight only the rows
+that are needed at a time are ever computed, so that no second copy of an embedding table comes into being.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from normfuse.analysis.constants import constants
+from normfuse.node import aten, argument, is_op, shape
+from normfuse.program import Program
+
+_LARGE = 1 << 22  # elements: weights above this are computed in blocks of rows
+_KEEP = 1 << 20  # elements: computed weights below this are kept for their next reader
+
+_PROMOTED = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex64: torch.complex128,
+}
+
+_ROWWISE_POINTWISE = (
+    aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.rsqrt, aten.sqrt, aten.reciprocal, aten.square, aten.pow,
+    aten.exp, aten.tanh, aten.erf, aten.clamp, aten.clamp_min, aten.to, aten._to_copy, aten.clone, aten.where, aten.abs,
+)  # fmt: skip
+_ROWWISE_REDUCTIONS = (aten.mean, aten.sum, aten.var, aten.std, aten.linalg_vector_norm, aten.amax)
+_ROWWISE_NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm)
+
+
+def promote(leaf: Any) -> Any:
+    """float64 in place of any other floating dtype, for tensors and for dtypes themselves."""
+    if isinstance(leaf, Tensor):
+        return leaf.to(_PROMOTED[leaf.dtype]) if leaf.dtype in _PROMOTED else leaf
+    return _PROMOTED.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf
+
+
+@contextlib.contextmanager
+def default_float64() -> Iterator[None]:
+    """Factories and integer divisions follow the default dtype: float64 for as long as a promoted run lasts."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """One operator with its dtype arguments promoted."""
+    return node.target(*pytree.tree_map(promote, args), **pytree.tree_map(promote, kwargs))  # type: ignore[operator]
+
+
+class Weights:
+    """float64 values of the parameter-only nodes of a program, whole or by rows."""
+
+    def __init__(self, program: Program, tensors: dict[str, Tensor] | None = None) -> None:
+        self.tensors = program.tensors if tensors is None else tensors
+        self.nodes = constants(program)
+        self._kept: dict[fx.Node, Any] = {}
+
+    def whole(self, node: fx.Node) -> Any:
+        """The value of a parameter-only node; intermediate values live no longer than their last reader."""
+        if node in self._kept:
+            return self._kept[node]
+        memo: dict[fx.Node, Any] = {}
+        needed = self._needed(node)
+        reads = {n: sum(1 for user in n.users if user in needed) for n in needed}
+        for current in needed:
+            memo[current] = self._leaf(current) if current.op == "get_attr" else self._apply(current, memo)
+            for source in current.all_input_nodes:
+                reads[source] -= 1
+                if reads[source] == 0 and source is not node:
+                    del memo[source]
+        if isinstance(memo[node], Tensor) and memo[node].numel() <= _KEEP:
+            self._kept[node] = memo[node]
+        return memo[node]
+
+    def _needed(self, root: fx.Node) -> dict[fx.Node, None]:
+        """Everything the root depends on, inputs first."""
+        order: dict[fx.Node, None] = {}
+        stack = [(root, False)]
+        while stack:
+            node, ready = stack.pop()
+            if ready:
+                order[node] = None
+            elif node not in order:
+                stack.append((node, True))
+                stack.extend((n, False) for n in node.all_input_nodes if n not in order)
+        return order
+
+    def _leaf(self, node: fx.Node) -> Any:
+        return promote(self.tensors[str(node.target)])
+
+    def _apply(self, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), memo.__getitem__)
+        return call(node, args, kwargs)
+
+    # -- by rows
+
+    def rowwise(self, node: fx.Node) -> bool:
+        """Does each row (index along axis 0) of the value depend only on the same row of its sources?"""
+        if node.op == "get_attr":
+            return len(shape(node)) > 0
+        sizes = shape(node)
+        if not sizes or node.op != "call_function":
+            return False
+        if is_op(node, *_ROWWISE_POINTWISE):
+            return all(self.rowwise(n) or not self._has_rows(n, sizes) for n in node.all_input_nodes)
+        source = node.args[0]
+        if not isinstance(source, fx.Node) or not self.rowwise(source) or len(shape(source)) < 2:
+            return False
+        if is_op(node, *_ROWWISE_REDUCTIONS):
+            axes = [int(a) % len(shape(source)) for a in _axes(node)]
+            return bool(axes) and 0 not in axes
+        if is_op(node, *_ROWWISE_NORMS):
+            return len(shape(source)) > 1 and all(not self._has_rows(n, sizes) for n in node.all_input_nodes[1:])
+        return False
+
+    @staticmethod
+    def _has_rows(node: fx.Node, sizes: Sequence[Any]) -> bool:
+        own = shape(node)
+        return len(own) == len(sizes) and own[0] != 1
+
+    def rows(self, node: fx.Node, which: Any) -> Tensor:
+        """Rows `which` (a slice or an index tensor) of a row-wise node."""
+        if node.op == "get_attr":
+            return promote(self.tensors[str(node.target)][which])  # type: ignore[no-any-return]
+        sizes = shape(node)
+
+        def fetch(n: fx.Node) -> Any:
+            by_row = self.rowwise(n) and (self._has_rows(n, sizes) or not is_op(node, *_ROWWISE_POINTWISE) and n is node.args[0])
+            return self.rows(n, which) if by_row else self.whole(n)
+
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fetch)
+        return call(node, args, kwargs)  # type: ignore[no-any-return]
+
+    def blocks(self, node: fx.Node) -> Iterator[tuple[slice, Tensor]]:
+        """The value in blocks of rows, or in one piece where rows depend on each other."""
+        sizes = shape(node)
+        if not sizes or not all(isinstance(s, int) for s in sizes):
+            yield slice(None), self.whole(node)
+            return
+        total = 1
+        for size in sizes:
+            total *= int(size)
+        if total <= _LARGE or not self.rowwise(node):
+            yield slice(None), self.whole(node)
+            return
+        step = max(1, _LARGE * int(sizes[0]) // total)
+        for start in range(0, int(sizes[0]), step):
+            yield slice(start, start + step), self.rows(node, slice(start, start + step))
+
+
+def _axes(node: fx.Node) -> list[int]:
+    axes = argument(node, "dim")
+    return [axes] if isinstance(axes, int) else list(axes or [])
+
+
+def run_float64(
+    program: Program, trials: Sequence[Sequence[Any]], tensors: dict[str, Tensor] | None = None
+) -> list[list[Any]]:
+    """Flat outputs of the program for each trial of flat inputs, every floating value in float64.
+
+    The trials move through the graph together, so that each weight is promoted once. `tensors` stands in for the
+    program's own tensors, by the same names.
+    """
+    weights = Weights(program, tensors)
+    envs: list[dict[fx.Node, Any]] = [{} for _ in trials]
+    inputs = [iter(trial) for trial in trials]
+    last_read = _last_readers(program)
+    with torch.no_grad(), default_float64():
+        for node in program.graph.nodes:
+            if node in weights.nodes:
+                continue
+            if node.op == "placeholder":
+                for env, given in zip(envs, inputs, strict=True):
+                    env[node] = promote(next(given))
+                continue
+            if node.op == "output":
+                return [list(_resolve(node.args[0], env, weights)) for env in envs]
+            for env, result in zip(envs, _apply(node, envs, weights), strict=True):
+                env[node] = result
+            for dead in last_read.get(node, ()):
+                for env in envs:
+                    env.pop(dead, None)
+    raise AssertionError("a graph without output")
+
+
+def _last_readers(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    last: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        for source in node.all_input_nodes:
+            last[source] = node
+    frees: dict[fx.Node, list[fx.Node]] = {}
+    for source, reader in last.items():
+        frees.setdefault(reader, []).append(source)
+    return frees
+
+
+def _resolve(structure: Any, env: dict[fx.Node, Any], weights: Weights) -> Any:
+    return fx.map_arg(structure, lambda n: weights.whole(n) if n in weights.nodes else env[n])
+
+
+def _apply(node: fx.Node, envs: list[dict[fx.Node, Any]], weights: Weights) -> list[Any]:
+    if is_op(node, aten.embedding) and node.args[0] in weights.nodes and weights.rowwise(node.args[0]):  # type: ignore[arg-type]
+        return [_embed(node, env, weights) for env in envs]
+    if is_op(node, aten.linear) and _is_large(node.args[1], weights):
+        return _linear_by_rows(node, envs, weights)
+    shared = {n: weights.whole(n) for n in node.all_input_nodes if n in weights.nodes}
+    results = []
+    for env in envs:
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n, env=env: shared[n] if n in shared else env[n])
+        results.append(call(node, args, kwargs))
+    return results
+
+
+def _embed(node: fx.Node, env: dict[fx.Node, Any], weights: Weights) -> Tensor:
+    index = _resolve(node.args[1], env, weights)
+    wanted, position = torch.unique(index, return_inverse=True)
+    return weights.rows(node.args[0], wanted)[position]  # type: ignore[arg-type]
+
+
+def _is_large(node: Any, weights: Weights) -> bool:
+    if not isinstance(node, fx.Node) or node not in weights.nodes or not weights.rowwise(node):
+        return False
+    rows, columns = shape(node)[0], shape(node)[-1]
+    return int(rows) * int(columns) > _LARGE
+
+
+def _linear_by_rows(node: fx.Node, envs: list[dict[fx.Node, Any]], weights: Weights) -> list[Any]:
+    """x @ W.T in blocks of W's rows."""
+    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    inputs = [_resolve(node.args[0], env, weights) for env in envs]
+    width = int(shape(weight)[0])
+    results = [x.new_empty((*x.shape[:-1], width)) for x in inputs]
+    for rows, block in weights.blocks(weight):
+        for x, y in zip(inputs, results, strict=True):
+            y[..., rows] = torch.nn.functional.linear(x, block)
+    bias = argument(node, "bias")
+    if bias is not None:
+        results = [y + _resolve(bias, env, weights) for y, env in zip(results, envs, strict=True)]
+    return results

@@ -1,0 +1,1 @@
+"""Lowering: printing a program for a target."""

@@ -1,0 +1,194 @@
+"""Program: the canonical graph, the tensors it reads, and how it is called.
+
+A canonical graph is functional and flat: placeholders are the leaves of the user's inputs, `get_attr` nodes name tensors
+in `Program.tensors`, `call_function` nodes call operators (aten before dispatch, `torch.ops.normfuse`, size
+arithmetic), and the output is a flat tuple of leaves. Every node carries `meta["val"]`, the fake value it computes.
+
+Tensors are shared with the model they came from and never written: a pass that wants another weight inserts nodes that
+compute it (a weight program), and `bake` evaluates them in the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from normfuse.errors import InputError
+
+Kind = Literal["parameter", "buffer", "constant"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a tensor came from: every qualified name it has in the model (tied tensors have several), and what it is."""
+
+    names: tuple[str, ...]
+    kind: Kind
+    persistent: bool = True
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """What one flattened input must be: a tensor with these sizes (symbols may vary), or exactly this constant."""
+
+    name: str
+    dtype: torch.dtype | None = None
+    sizes: tuple[int | str, ...] = ()
+    constant: Any = None
+
+    @property
+    def is_tensor(self) -> bool:
+        return self.dtype is not None
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How the program is called: names and nesting of the inputs, nesting of the outputs, ranges of the free sizes."""
+
+    leaves: tuple[Leaf, ...]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    parameters: inspect.Signature | None = None
+    ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """Leaves of a call in graph order, after checking them.
+
+        Raises `InputError` when structure, rank, dtype or a fixed size differs from what was captured.
+        """
+        bound_args, bound_kwargs = bind(self.parameters, args, kwargs)
+        wanted = tuple(self.in_spec.child(1).context or ())
+        extra = {k: v for k, v in bound_kwargs.items() if k not in wanted}
+        if surplus := [k for k, v in extra.items() if v is not None and not self._is_default(k, v)]:
+            raise InputError(
+                f"this program was captured without the input {surplus[0]!r}: pass it in the example inputs of optimize()"
+            )
+        if missing := [k for k in wanted if k not in bound_kwargs]:
+            raise InputError(f"input {missing[0]!r} is missing: the program was captured with {list(wanted)}")
+        leaves, spec = pytree.tree_flatten((bound_args, {k: bound_kwargs[k] for k in wanted}))
+        if spec != self.in_spec:
+            raise InputError(f"inputs are nested as {spec}, but the program was captured with {self.in_spec}")
+        self._check(leaves)
+        return leaves
+
+    def _is_default(self, name: str, given: Any) -> bool:
+        parameter = self.parameters.parameters.get(name) if self.parameters else None
+        return parameter is not None and parameter.default is given
+
+    def _check(self, leaves: list[Any]) -> None:
+        sizes: dict[str, int] = {}
+        for leaf, given in zip(self.leaves, leaves, strict=True):
+            if not leaf.is_tensor:
+                if given is not leaf.constant and given != leaf.constant:
+                    raise InputError(f"input {leaf.name!r} was captured as {leaf.constant!r} and cannot be {given!r}")
+                continue
+            if not isinstance(given, Tensor):
+                raise InputError(f"input {leaf.name!r} must be a tensor, not {type(given).__name__}")
+            if given.dtype != leaf.dtype:
+                raise InputError(f"input {leaf.name!r} must be {leaf.dtype}, not {given.dtype}")
+            if given.dim() != len(leaf.sizes):
+                raise InputError(f"input {leaf.name!r} must have shape {list(leaf.sizes)}, not {list(given.shape)}")
+            for position, (want, size) in enumerate(zip(leaf.sizes, given.shape, strict=True)):
+                self._check_size(leaf, position, want, size, sizes)
+
+    def _check_size(self, leaf: Leaf, position: int, want: int | str, size: int, seen: dict[str, int]) -> None:
+        where = f"input {leaf.name!r}, dimension {position}"
+        if isinstance(want, int):
+            if size != want:
+                raise InputError(f"{where} is fixed at {want} and cannot be {size}: capture with dynamic_shapes")
+            return
+        if seen.setdefault(want, size) != size:
+            raise InputError(f"{where} must be {seen[want]} like the other inputs' {want}, not {size}")
+        low, high = self.ranges.get(want, (0, 2**62))
+        if not (low <= size <= high):
+            raise InputError(f"{where} must lie in [{low}, {high}], not {size}")
+
+
+def bind(
+    parameters: inspect.Signature | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One spelling of a call: everything that has a name goes by name. Raises `InputError` as Python would TypeError."""
+    if parameters is None:
+        return args, dict(kwargs)
+    try:
+        bound = parameters.bind(*args, **kwargs)
+    except TypeError as error:
+        raise InputError(f"the model cannot be called with these inputs: {error}") from None
+    positional: tuple[Any, ...] = ()
+    named: dict[str, Any] = {}
+    for name, given in bound.arguments.items():
+        kind = parameters.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            # What stands before *args can only be passed by position once *args is used.
+            positional = (*named.values(), *given) if given else positional
+            named = {} if given else named
+        elif kind is inspect.Parameter.POSITIONAL_ONLY:
+            positional = (*positional, given)
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            named.update(given)
+        else:
+            named[name] = given
+    return positional, named
+
+
+@dataclass
+class Program:
+    """A canonical graph with its tensors and signature. Copies share tensors and never share nodes."""
+
+    graph: fx.Graph
+    tensors: dict[str, Tensor]
+    origins: dict[str, Origin]
+    signature: Signature
+    fake_mode: Any
+    notes: tuple[str, ...] = ()
+
+    def copy(self) -> Program:
+        """The same program over new nodes; node names and metadata are kept."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        for node in self.graph.nodes:
+            mapping[node] = graph.node_copy(node, mapping.__getitem__)
+            mapping[node].meta = dict(node.meta)
+        return dataclasses.replace(
+            self, graph=graph, tensors=dict(self.tensors), origins=dict(self.origins)
+        )
+
+    @property
+    def output(self) -> fx.Node:
+        return next(n for n in reversed(self.graph.nodes) if n.op == "output")
+
+    @property
+    def placeholders(self) -> list[fx.Node]:
+        return [n for n in self.graph.nodes if n.op == "placeholder"]
+
+    def tensor_of(self, node: fx.Node) -> Tensor | None:
+        """The tensor a `get_attr` node names, else None."""
+        return self.tensors.get(str(node.target)) if node.op == "get_attr" else None
+
+    def parameter_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+
+    def drop_dead(self) -> None:
+        """Remove nodes that nothing reads, and tensors that no node names. Inputs always stay."""
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op not in ("placeholder", "output"):
+                self.graph.erase_node(node)
+        live = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
+        self.tensors = {k: v for k, v in self.tensors.items() if k in live}
+        self.origins = {k: v for k, v in self.origins.items() if k in live}
+
+    def unflatten(self, leaves: list[Any]) -> Any:
+        """Output leaves back in the structure of the model's own output."""
+        return pytree.tree_unflatten(leaves, self.signature.out_spec)
+
+
+def map_leaves(structure: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Apply `function` to every tensor of a nested structure and keep the rest."""
+    return pytree.tree_map_only(Tensor, function, structure)

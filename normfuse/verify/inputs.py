@@ -1,0 +1,66 @@
+"""Inputs for verification: the example, and further draws that the model must accept if it accepts the example."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from normfuse.program import Leaf, Signature
+
+Leaves = list[Any]
+
+
+def draws(signature: Signature, example: Leaves, trials: int, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
+    """The example; then other values; then other values at other sizes, where the signature and the model allow them."""
+    yield example
+    generator = torch.Generator().manual_seed(20_240_229)
+    for trial in range(1, trials):
+        drawn = [_redraw(leaf, given, generator) for leaf, given in zip(signature.leaves, example, strict=True)]
+        if trial % 2 == 0:
+            resized = _resized(signature, drawn)
+            if resized is not None and accepts(resized):
+                drawn = resized
+        yield drawn
+
+
+def _redraw(leaf: Leaf, given: Any, generator: torch.Generator) -> Any:
+    """Values like the example's: floats of its mean and spread, integers of its range; masks and constants stay."""
+    if not isinstance(given, Tensor) or given.numel() < 2:
+        return given
+    low, high = given.detach().amin() if not given.is_complex() else None, None
+    if given.dtype == torch.bool or given.is_complex():
+        return given
+    high = given.detach().amax()
+    if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)) or bool(low == high):
+        return given
+    if given.is_floating_point():
+        wide = given.detach().double()
+        noise = torch.randn(given.shape, generator=generator, dtype=torch.float64).to(given.device)
+        return (noise * wide.std() + wide.mean()).to(given.dtype)
+    if int(low) >= 0 and int(high) <= 1:
+        return given
+    drawn = torch.randint(int(low), int(high) + 1, tuple(given.shape), generator=generator)
+    return drawn.to(given.dtype).to(given.device)
+
+
+def _resized(signature: Signature, leaves: Leaves) -> Leaves | None:
+    """Every free size changed: a batch one larger, any other size one smaller (which no position table forbids)."""
+    symbols = {s for leaf in signature.leaves for s in leaf.sizes if isinstance(s, str)}
+    if not symbols:
+        return None
+    batch = {leaf.sizes[0] for leaf in signature.leaves if leaf.is_tensor and leaf.sizes}
+    out: Leaves = []
+    for leaf, given in zip(signature.leaves, leaves, strict=True):
+        tensor = given
+        for axis, size in enumerate(leaf.sizes):
+            if not isinstance(size, str):
+                continue
+            if axis == 0 and size in batch:
+                tensor = torch.cat([tensor, tensor[:1]])
+            elif len(leaf.sizes) > 1 and tensor.shape[axis] > 2 and len(leaf.sizes) < 4:
+                tensor = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+        out.append(tensor.contiguous() if isinstance(tensor, Tensor) else tensor)
+    return out

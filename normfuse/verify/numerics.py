@@ -1,0 +1,133 @@
+"""Comparing two functions: relative error in float64, and the error in the model's own dtype measured in its own rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+EXACT = 1e-10
+"""Limit of the relative error in float64 of an exact rewrite: five digits above float64's own rounding, six below the
+smallest mistake (a scale off by 1e-6) that must be caught."""
+
+RATIO = 2.0
+"""Limit of the error in the model's own dtype, in units of the original's own error."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The comparison of a candidate with a reference; its truth value is `equivalent`."""
+
+    equivalent: bool
+    error_float64: float
+    error_ratio: float
+    max_abs_error: float
+    trials: int = 0
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.equivalent
+
+    def __str__(self) -> str:
+        verdict = "equivalent" if self.equivalent else f"NOT equivalent ({self.reason})"
+        return (
+            f"{verdict}: relative error {self.error_float64:.1e} in float64 (limit {EXACT:.0e}), "
+            f"{self.error_ratio:.2f} of the original's own rounding error (limit {RATIO:.0f}), "
+            f"largest difference {self.max_abs_error:.1e}, {self.trials} trials"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Mismatch(Exception):
+    """Outputs that cannot be compared number by number: other structure, shapes, dtypes, integers, NaN."""
+
+
+def relative_error(candidate: Sequence[Sequence[Any]], reference: Sequence[Sequence[Any]]) -> list[float]:
+    """Per output ‖candidate − reference‖ / ‖reference‖ over all trials together, in float64.
+
+    Raises `Mismatch` if integers or constants differ, or NaN and infinities stand in different places.
+    """
+    count = len(reference[0]) if reference else 0
+    errors = []
+    for place in range(count):
+        square, norm = 0.0, 0.0
+        for got, wanted in zip(candidate, reference, strict=True):
+            if len(got) != count:
+                raise Mismatch(f"{len(got)} outputs instead of {count}")
+            s, n = _squares(got[place], wanted[place], place)
+            square, norm = square + s, norm + n
+        errors.append(math.sqrt(square / norm) if norm > 0 else math.sqrt(square))
+    return errors
+
+
+def _squares(got: Any, wanted: Any, place: int) -> tuple[float, float]:
+    if not isinstance(wanted, Tensor) or not isinstance(got, Tensor):
+        if type(got) is not type(wanted) or got != wanted:
+            raise Mismatch(f"output {place} is {got!r:.60} instead of {wanted!r:.60}")
+        return 0.0, 0.0
+    if got.shape != wanted.shape:
+        raise Mismatch(f"output {place} has shape {list(got.shape)} instead of {list(wanted.shape)}")
+    if not (wanted.is_floating_point() or wanted.is_complex()):
+        if got.dtype != wanted.dtype or not torch.equal(got, wanted):
+            raise Mismatch(f"output {place} ({wanted.dtype}) is not identical")
+        return 0.0, 0.0
+    a, b = got.detach().to(torch.complex128 if wanted.is_complex() else torch.float64), wanted.detach()
+    b = b.to(a.dtype)
+    finite = torch.isfinite(b)
+    if not bool(finite.all()) or not bool(torch.isfinite(a).all()):
+        same = torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a[torch.isinf(a)], b[torch.isinf(b)])
+        if not same or not torch.equal(torch.isinf(a), torch.isinf(b)):
+            raise Mismatch(f"output {place} has NaN or infinity in other places")
+        a, b = a[finite], b[finite]
+    return float(torch.linalg.vector_norm(a - b) ** 2), float(torch.linalg.vector_norm(b) ** 2)
+
+
+def max_abs_error(candidate: Sequence[Sequence[Any]], reference: Sequence[Sequence[Any]]) -> float:
+    worst = 0.0
+    for got, wanted in zip(candidate, reference, strict=True):
+        for a, b in zip(got, wanted, strict=True):
+            if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
+                difference = (a.double() - b.double()).abs()
+                worst = max(worst, float(difference[torch.isfinite(difference)].amax()) if difference.numel() else 0.0)
+    return worst
+
+
+def rounding(outputs: Sequence[Any]) -> list[float]:
+    """One rounding of each output: half a unit in the last place of its dtype."""
+    return [
+        torch.finfo(o.dtype).eps / 2 if isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex()) else 1.0
+        for o in outputs
+    ]
+
+
+def compare(
+    *,
+    reference64: Sequence[Sequence[Any]],
+    candidate64: Sequence[Sequence[Any]],
+    original: Sequence[Sequence[Any]],
+    candidate: Sequence[Sequence[Any]],
+    limit64: float = EXACT,
+) -> Verification:
+    """Judge a candidate from the flat outputs of both models, in float64 and in their own dtype, trial by trial."""
+    trials = len(reference64)
+    try:
+        error64 = max(relative_error(candidate64, reference64), default=0.0)
+        own = relative_error(candidate, reference64)
+        theirs = relative_error(original, reference64)
+        relative_error(candidate, original)  # dtypes of integers, shapes and NaN against the original itself
+    except Mismatch as mismatch:
+        return Verification(False, math.inf, math.inf, math.inf, trials, str(mismatch))
+    dtypes = rounding(original[0]) if original else []
+    ratio = max((e / max(t, r) for e, t, r in zip(own, theirs, dtypes, strict=True)), default=0.0)
+    reason = ""
+    if not error64 < limit64:
+        reason = f"the float64 error {error64:.1e} is above {limit64:.1e}"
+    elif not ratio <= RATIO:
+        reason = f"the error in the model's own dtype is {ratio:.1f} times the original's"
+    return Verification(not reason, error64, ratio, max_abs_error(candidate, original), trials, reason)

@@ -1,0 +1,27 @@
+"""Every rewrite that normfuse knows, one file each, in the order in which they run.
+
+To add a pass, write its file, write its test, and put its module into `TABLE` (CONTRIBUTING has the recipe).
+"""
+
+from __future__ import annotations
+
+from normfuse.rewrite import Rule
+
+if __name__ != "normfuse.passes":
+    raise ImportError("this folder is the package normfuse.passes: install normfuse and import it by that name")
+
+from normfuse.passes import (
+    bake_weights,
+    fold_batch_norm,
+    fold_norm_affine,
+    layer_norm_to_rms_norm,
+    remove_inference_noops,
+)
+
+TABLE: tuple[Rule, ...] = (
+    remove_inference_noops.RULE,
+    bake_weights.RULE,
+    fold_batch_norm.RULE,
+    layer_norm_to_rms_norm.RULE,
+    fold_norm_affine.RULE,
+)

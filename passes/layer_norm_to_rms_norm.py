@@ -1,0 +1,108 @@
+"""layer_norm_to_rms_norm:  layer_norm(x, g, b)  ->  rms_norm(x C, g, b), the stream x centred in its writers
+
+Exactness: algebraic.
+Legal if:  every reader of the residual stream is a LayerNorm over its full channel axis, and its writers can be centred:
+           W - mean(W) over the outputs of projections, embeddings, positions, class tokens, convolutions.
+Leaves alone: streams that anything else reads (a projection, an output of the model, patch merging, an RMSNorm); post-LN,
+           where a norm's gain writes the stream; norms right behind depthwise convolutions.
+Reference: METHODS 1.2; Jiang et al. 2023 (arXiv 2305.14858), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from normfuse.analysis import Facts
+from normfuse.analysis.constants import weight_only
+from normfuse.analysis.streams import Reader, Stream, Writer, stream_of
+from normfuse.analysis.writers import writers
+from normfuse.analysis.zero_mean import zero_mean
+from normfuse.node import argument, aten, is_op, op_name, rank, same_size, shape, site
+from normfuse.ops import RMS_NORM
+from normfuse.program import Program
+from normfuse.rewrite import Editor, Exactness, Transform
+from normfuse.rewrite.channels import centre, map_writer
+
+
+def run(program: Program, facts: Facts, edit: Editor) -> None:
+    done: set[fx.Node] = set()
+    for norm in [n for n in program.graph.nodes if is_op(n, aten.layer_norm)]:
+        if norm in done or norm._erased or norm in facts(weight_only):
+            continue
+        source: fx.Node = norm.args[0]  # type: ignore[assignment]
+        stream = stream_of(source, rank(source) - 1, facts(weight_only))
+        mine = [reader for reader in stream.readers if _is_full_layer_norm(reader, stream)]
+        done.update(reader.node for reader in mine)
+        pending = [w for w in stream.writers if w.is_weight or not facts(zero_mean)(w.node, w.axis)]
+        by_hand = {w: why for w in pending if (why := facts(writers).why_not(w))}
+        reason = _blocker(stream, mine) or _not_worth(by_hand, mine)
+        if reason:
+            for reader in mine:
+                edit.refuse(reader.node, reason)
+        elif mine and edit.permit(norm):
+            _rewrite(edit, facts, mine, pending, by_hand)
+            facts.drop()
+
+
+def _is_full_layer_norm(reader: Reader, stream: Stream) -> bool:
+    node = reader.node
+    return (
+        is_op(node, aten.layer_norm)
+        and node.args[0] is reader.tensor
+        and reader.axis == rank(reader.tensor) - 1
+        and len(argument(node, "normalized_shape")) == 1
+        and same_size(shape(node)[-1], stream.width)
+    )
+
+
+def _blocker(stream: Stream, mine: Sequence[Reader]) -> str | None:
+    """Why the mean of the stream must stay: someone sees it."""
+    others = [reader.node for reader in stream.readers if reader not in mine]
+    if not others:
+        return None
+    gains = [w.node for w in stream.writers if is_op(w.node, aten.layer_norm, RMS_NORM)]
+    if gains and not any(n.op == "output" for n in others):
+        return (
+            f"post-LN: the stream is written by the gain of {site(gains[0])} and its mean is read by "
+            f"{op_name(others[0])} at {site(others[0])}"
+        )
+    return _what_reads(others[0])
+
+
+def _what_reads(node: fx.Node) -> str:
+    if node.op == "output":
+        return "a tensor of the stream is an output of the model, which must keep its mean"
+    if is_op(node, RMS_NORM):
+        return f"the stream is also read by the RMSNorm at {site(node)}, which sees its mean"
+    if is_op(node, aten.layer_norm):
+        return f"the stream is also read by a LayerNorm over other axes at {site(node)}"
+    return f"the mean of the stream is also read by {op_name(node)} at {site(node)}"
+
+
+def _not_worth(by_hand: dict[Writer, str], mine: Sequence[Reader]) -> str | None:
+    """A writer whose weights take no centring costs a pass over its output at run time, about as much as a norm saves."""
+    if not by_hand or 2 * len(by_hand) <= len(mine):
+        return None
+    return f"{next(iter(by_hand.values()))}: centring it at run time would cost what {len(mine)} norm(s) save"
+
+
+def _rewrite(
+    edit: Editor, facts: Facts, mine: Sequence[Reader], pending: Sequence[Writer], by_hand: dict[Writer, str]
+) -> None:
+    known = facts(writers)
+    for reader in mine:
+        node = reader.node
+        edit.fired(node, before="layer_norm", after="rms_norm")
+        with edit.at(node):
+            gain, shift, eps = (argument(node, name) for name in ("weight", "bias", "eps"))
+            edit.replace(node, edit.op("rms_norm", node.args[0], [-1], gain, shift, eps=eps))
+    for writer in pending:
+        if writer not in by_hand:
+            map_writer(edit, known, writer, centre)
+            continue
+        edit.insert_behind(writer.node, lambda x, axis=writer.axis: centre(x, axis))
+
+
+RULE = Transform("layer_norm_to_rms_norm", exactness=Exactness.ALGEBRAIC, run=run)

@@ -1,0 +1,3 @@
+"""All near misses."""
+from .corpus import NearMiss
+NEAR_MISSES: tuple[NearMiss, ...] = ()
