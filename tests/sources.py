@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 HEADINGS = ("Exactness", "Legal if", "Leaves alone", "Reference")
@@ -34,6 +36,11 @@ def pass_files() -> tuple[Path, ...]:
     return tuple(path for path in sources("passes") if path.name != "__init__.py")
 
 
+def pass_table() -> tuple[Any, ...]:
+    """The rules in the order in which they run."""
+    return importlib.import_module("normfuse.passes").TABLE
+
+
 @cache
 def modules() -> dict[str, Path]:
     """Import name -> file, of everything that is installed."""
@@ -52,7 +59,7 @@ def name_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Import:
-    """One name that a file imports. `deep`: inside a function, so not when the file is loaded."""
+    """One name that a file imports. `deep`: not while the file is loaded (inside a function, or for types only)."""
 
     path: Path
     line: int
@@ -76,9 +83,8 @@ def _imports(tree: ast.AST, path: Path, *, deep: bool) -> Iterator[Import]:
     for node in ast.iter_child_nodes(tree):
         for target in _targets(node, path):
             yield Import(path, getattr(node, "lineno", 0), target, deep)
-        if not _for_types_only(node):
-            inside = deep or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from _imports(node, path, deep=inside)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _for_types_only(node)
+        yield from _imports(node, path, deep=deep or inside)
 
 
 def _targets(node: ast.AST, path: Path) -> tuple[str, ...]:
@@ -102,7 +108,6 @@ def _absolute(module: str | None, level: int, path: Path) -> str:
 
 
 def _for_types_only(node: ast.AST) -> bool:
-    """`if TYPE_CHECKING:` imports nothing."""
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 

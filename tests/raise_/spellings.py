@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from . import (
+    spellings_attention,
+    spellings_attention_heads,
+    spellings_attention_masks,
     spellings_batch_norm,
+    spellings_blocks,
     spellings_group_norm,
     spellings_l2_norm,
     spellings_layer_norm,
@@ -27,6 +31,10 @@ SPELLINGS: tuple[Spelling, ...] = (
     *spellings_batch_norm.SPELLINGS,
     *spellings_group_norm.SPELLINGS,
     *spellings_softmax.SPELLINGS,
+    *spellings_attention.SPELLINGS,
+    *spellings_attention_masks.SPELLINGS,
+    *spellings_attention_heads.SPELLINGS,
     *spellings_weights.SPELLINGS,
     *spellings_pointwise.SPELLINGS,
+    *spellings_blocks.SPELLINGS,
 )

@@ -35,7 +35,7 @@ def router_float(x: Tensor) -> Tensor:
     return torch.softmax(x.float(), dim=-1).type_as(x)
 
 
-def safe_softmax(x: Tensor) -> Tensor:
+def heat_map(x: Tensor) -> Tensor:
     """Two axes folded into one: a heat map."""
     n, c, h, w = x.shape
     return x.view(n, c, -1).softmax(-1).view(n, c, h, w)
@@ -231,7 +231,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     _of(functional_over_channels, axes=(-3,), inputs=_image, reference=_softmax(1)),
     _of(router, dtype=torch.bfloat16),
     _of(router_float, dtype=torch.bfloat16),
-    _of(safe_softmax, outer_axes=(-2, -1), inputs=_image, reference=_two_axes),
+    _of(heat_map, outer_axes=(-2, -1), inputs=_image, reference=_two_axes),
     _of(softmin, reference=_softmax(-1, -1.0)),
     _of(temperature, reference=_softmax(-1, 1 / 0.7)),
     _of(transposed, outer_axes=(-2,), reference=_softmax(1)),

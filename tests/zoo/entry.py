@@ -29,19 +29,16 @@ class Entry:
     length: int = 8
     vary_length: bool = False
     exportable: bool = True
-    # Why not exportable, or why a capture with every dimension `Dim.AUTO` fails or keeps a dimension fixed.
+    # Why `torch.export` fails; or, where it works, why the length is fixed once captured with `Dim.AUTO`.
     reason: str = ""
-    # Which of "batch", "length" stay free under `Dim.AUTO` with an example batch of 2.
-    free: frozenset[str] = frozenset()
+    # Whether a capture with every dimension `Dim.AUTO` leaves the length free; the batch always is.
+    free_length: bool = True
+    # Whether such a capture takes more than five seconds (symbolic image sides through window moves).
+    slow_dynamic: bool = False
 
     def example(self, batch: int = 2, length: int | None = None) -> Example:
         """(args, kwargs): the same tensors for the same sizes, whatever the global generator has seen."""
         return self.make_example(batch, self.length if length is None else length)
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether a capture with free dimensions is possible at all."""
-        return self.exportable and "batch" in self.free
 
 
 @contextmanager

@@ -1,0 +1,251 @@
+"""The public verbs. Only here do engine and passes meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from normfuse.archive import load_exported, signature_of
+from normfuse.bake import WeightProgram
+from normfuse.capture import capture
+from normfuse.errors import CaptureError, VerificationError
+from normfuse.evaluate import run_float64
+from normfuse.inventory import Inventory, take_inventory
+from normfuse.optimized import Optimized, check_backend
+from normfuse.pipeline import Pipeline, Result, Trials, detached, make_trials, original_run, select
+from normfuse.program import Program
+from normfuse.report import Report
+from normfuse.report.report import count_raised
+from normfuse.rewrite import Rule
+from normfuse.verification.numerics import EXACT, Verification, compare, relative_error
+
+Model = nn.Module | ExportedProgram
+TRIALS = 3
+
+
+def pass_table() -> tuple[Rule, ...]:
+    """Every pass in the order in which they run; installed plug-ins (group `normfuse.passes`) stand last."""
+    from importlib.metadata import entry_points
+
+    from normfuse.passes import TABLE
+
+    return (*TABLE, *(point.load() for point in entry_points(group="normfuse.passes")))
+
+
+def optimize(
+    model: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = "auto",
+    passes: Sequence[str] | None = None,
+    disable: Sequence[str] = (),
+    backend: str = "torch",
+    verify: bool = True,
+) -> Optimized:
+    """A module that computes the same function as `model`, rewritten by every exact pass that applies.
+
+    `args`, `kwargs`: example inputs as `torch.export.export` takes them. `dynamic_shapes`: `"auto"` lets batch and
+    sequence vary, `None` fixes all sizes. `passes`: names of the only passes to run, in any order. `backend`: `"torch"`
+    or `"inductor"`. `model` is not changed; weights that no pass touches are shared with it.
+
+    Raises `CaptureError`, `PassError`, `LoweringError`; `VerificationError` if the model cannot be verified at all.
+    """
+    started = time.perf_counter()
+    check_backend(backend)
+    rules = select(pass_table(), passes, disable)
+    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    seconds = {"capture": time.perf_counter() - started}
+    _check_outputs(captured)
+    pipeline = Pipeline(captured, rules, named=passes is not None)
+    with pipeline.timed("verify"):
+        trials = _trials(model, captured, args, kwargs, TRIALS) if verify else None
+    result = pipeline.run(trials)
+    lowering = time.perf_counter()
+    report = _report(_name(model), result, backend, captured.notes)
+    optimized = Optimized(result.baked, report, ledger=detached(result.unbaked), backend=backend)
+    report.seconds = seconds | result.seconds | {"lower": time.perf_counter() - lowering}
+    report.seconds["total"] = time.perf_counter() - started
+    return optimized
+
+
+def _report(name: str, result: Result, backend: str, notes: tuple[str, ...]) -> Report:
+    return Report(
+        model=name,
+        fired=result.log.counts(),
+        refusals=[*result.log.refusals, *result.rolled_back],
+        rewrites=result.log.rewrites,
+        rolled_back=result.rolled_back,
+        raised=count_raised(result.raised.rewrites),
+        verification=result.verification,
+        weights={k: _detach(v) for k, v in result.ledger.items()},
+        notes=list(notes),
+        backend=backend,
+    )
+
+
+def _detach(weight: WeightProgram) -> WeightProgram:
+    return dataclasses.replace(weight, program=detached(weight.program))
+
+
+def _name(model: Model) -> str:
+    return type(model).__name__
+
+
+def _check_outputs(program: Program) -> None:
+    outputs = program.output.args[0]
+    if not any(isinstance(getattr(n, "meta", {}).get("val"), torch.Tensor) for n in outputs):  # type: ignore[union-attr]
+        raise CaptureError("the model returns no tensor: there is nothing to optimize or to verify")
+
+
+def _trials(model: Model, captured: Program, args: Any, kwargs: Any, count: int) -> Trials:
+    runnable, args, kwargs = _runnable(model, args, kwargs)
+    example = captured.signature.flatten(tuple(args), kwargs or {})
+    return make_trials(captured, original_run(runnable, captured), example, count)
+
+
+def _runnable(model: Model, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:
+    """An ExportedProgram brings its own example inputs."""
+    if not isinstance(model, ExportedProgram):
+        return model, args, kwargs
+    if not args and not kwargs and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+    return model.module(), args, kwargs
+
+
+def inspect(
+    model: Model, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto"
+) -> Inventory:
+    """Every norm, softmax and attention of the model, counted once each however it is spelt."""
+    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    raised, _ = Pipeline(captured, (), named=False).raise_()
+    return take_inventory(raised, _name(model))
+
+
+def explain(
+    model: Model, pass_name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """Where a pass fires in the model, where it does not, and why not."""
+    from normfuse.explanation import explanation
+
+    rule = select(pass_table(), [pass_name])[0]
+    captured = capture(model, args, kwargs)
+    return explanation(captured, pass_table(), rule, _name(model))
+
+
+def verify(
+    reference: Model,
+    candidate: Model,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    trials: int = TRIALS,
+) -> Verification:
+    """Do two models compute the same function? Both are run in float64 throughout and in their own dtype.
+
+    A candidate made by `optimize` is judged by its weight programs over the reference's weights; any other by its own
+    weights, which may differ by one rounding each. Raises `CaptureError` if a model cannot be captured.
+    """
+    left, left_args, left_kwargs = _runnable(reference, args, kwargs)
+    captured = capture(reference, args, kwargs)
+    example = captured.signature.flatten(tuple(left_args), left_kwargs or {})
+    drawn = make_trials(captured, original_run(left, captured), example, max(1, trials))
+    right, _, _ = _runnable(candidate, args, kwargs)
+    own = original_run(right, captured)
+    outputs = [own(leaves) for leaves in drawn.inputs]
+    candidate64, limit = _candidate64(candidate, captured, drawn, left_args, left_kwargs)
+    return compare(
+        reference64=drawn.reference64, candidate64=candidate64, original=drawn.original, candidate=outputs, limit64=limit
+    )
+
+
+def _candidate64(candidate: Model, captured: Program, drawn: Trials, args: Any, kwargs: Any) -> tuple[Any, float]:
+    """The candidate in float64, and how far it may be off there."""
+    if isinstance(candidate, Optimized) and candidate.ledger is not None:
+        tensors = _named_tensors(captured, candidate.ledger)
+        if tensors is not None:
+            return run_float64(candidate.ledger, drawn.inputs, tensors), EXACT
+    program = candidate.program if isinstance(candidate, Optimized) else capture(candidate, args, kwargs)
+    if len(program.signature.leaves) != len(captured.signature.leaves):
+        raise VerificationError("the two models take different inputs")
+    # Weights that were rounded after a change are off by a rounding each, as much as the original's own error at most.
+    shared = _same_weights(program, captured)
+    own_error = max(relative_error(drawn.original, drawn.reference64), default=0.0)
+    return run_float64(program, drawn.inputs), EXACT if shared else max(EXACT, own_error)
+
+
+def _named_tensors(captured: Program, ledger: Program) -> dict[str, torch.Tensor] | None:
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in ledger.tensors.items():
+        if tensor.device.type != "meta":
+            found[name] = tensor
+            continue
+        given = captured.tensors.get(name)
+        if given is None or given.shape != tensor.shape:
+            return None
+        found[name] = given
+    return found
+
+
+def _same_weights(program: Program, captured: Program) -> bool:
+    known = captured.tensors.values()
+    return all(any(t.shape == k.shape and torch.equal(t, k) for k in known) for t in program.tensors.values())
+
+
+def load(path: str | Path) -> Optimized:
+    """An optimized model from a file that `Optimized.save` wrote (any other `.pt2` archive is loaded as it is).
+
+    Raises `NormfuseError` for what is not such a file.
+    """
+    exported, extra = load_exported(Path(path))
+    saved = extra.get("report", {})
+    report = Report(model=saved.get("model", Path(path).stem), fired=saved.get("fired", {}), notes=saved.get("notes", []))
+    report.seconds = saved.get("seconds", {})
+    if saved:
+        from normfuse.rewrite.record import Refusal, RewriteRecord
+
+        report.rewrites = [RewriteRecord(**r) for r in saved["rewrites"]]
+        report.refusals = [Refusal(**r) for r in saved["refusals"]]
+        report.rolled_back = [Refusal(**r) for r in saved["rolled_back"]]
+        report.raised = saved.get("raised", {})
+        report.verification = Verification(**saved["verification"]) if saved.get("verification") else None
+    program = capture(exported)
+    program.signature = dataclasses.replace(program.signature, parameters=signature_of(extra.get("parameters")))
+    return Optimized(program, report, backend=extra.get("backend", "torch"))
+
+
+def export_onnx(
+    model: Model | Optimized,
+    path: str | Path,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    target: str = "onnxruntime",
+    dynamic_shapes: Any = "auto",
+    opset: int | None = None,
+) -> Any:
+    """Optimize the model (unless it is optimized already) and write it as an ONNX file; returns an `OnnxReport`.
+
+    `target="onnx"`: standard operators alone, for any runtime. Raises `LoweringError` for a place that cannot be written.
+    """
+    optimized = model
+    if not isinstance(model, Optimized):
+        optimized = optimize(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    assert isinstance(optimized, Optimized)
+    return optimized.export_onnx(path, target=target, opset=opset)
+
+
+def replay(weights: Mapping[str, WeightProgram], state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The new parameters for another checkpoint of the same model: `replay(optimized.report.weights, state_dict)`."""
+    from normfuse.bake import replay as run
+
+    return run(weights, state_dict)
+
+

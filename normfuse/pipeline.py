@@ -1,0 +1,231 @@
+"""The way through: raise, passes, verification with roll-back, bake."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from normfuse.analysis.zero_mean import mark_zero_mean
+from normfuse.bake import WeightProgram, bake
+from normfuse.errors import PassError, VerificationError
+from normfuse.evaluate import run_float64
+from normfuse.lower.torch import fastest, graph_module
+from normfuse.program import Program
+from normfuse.raise_ import RULES
+from normfuse.rewrite import Rule
+from normfuse.rewrite.driver import run_passes
+from normfuse.rewrite.record import Log, Refusal
+from normfuse.verification.bisect import first_wrong
+from normfuse.verification.inputs import draws
+from normfuse.verification.numerics import EXACT, Mismatch, Verification, compare, relative_error
+
+Leaves = list[Any]
+Run = Callable[[Leaves], Leaves]
+
+
+def select(table: Sequence[Rule], names: Sequence[str] | None, disable: Sequence[str] = ()) -> tuple[Rule, ...]:
+    """The rules that run, in the table's order whatever the order of the names. Raises `PassError` for unknown names."""
+    known = {rule.name: rule for rule in table}
+    if isinstance(names, str) or isinstance(disable, str):
+        raise PassError("passes and disable take lists of pass names")
+    for name in [*(names or ()), *disable]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+            raise PassError(f"there is no pass {name!r}: did you mean {', '.join(near)}?")
+    wanted = set(known) if names is None else set(names)
+    return tuple(
+        r for r in table if r.name in wanted and r.name not in disable and (names is not None or not r.on_request)
+    )
+
+
+@dataclass
+class Result:
+    """What the pipeline hands on: the program before bake, after it, and the books."""
+
+    unbaked: Program
+    baked: Program
+    ledger: dict[str, WeightProgram]
+    log: Log
+    raised: Log
+    verification: Verification | None
+    rolled_back: list[Refusal] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Trials:
+    """The inputs of verification, the float64 reference on them, and what the original itself computes."""
+
+    inputs: list[Leaves]
+    reference64: list[Leaves]
+    original: list[Leaves]
+
+
+class Pipeline:
+    """One optimization of one captured program."""
+
+    def __init__(self, captured: Program, rules: Sequence[Rule], *, named: bool) -> None:
+        self.captured = captured
+        self.rules = rules
+        self.named = named
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+    def raise_(self) -> tuple[Program, Log]:
+        with self.timed("raise"):
+            program = self.captured.copy()
+            return program, run_passes(program, RULES)
+
+    def rewrite(self, raised: Program, log: Log) -> Program:
+        program = raised.copy()
+        run_passes(program, self.rules, log, named=self.named)
+        mark_zero_mean(program)
+        return program
+
+    def run(self, trials: Trials | None) -> Result:
+        raised, raised_log = self.raise_()
+        excluded: frozenset[tuple[str, str]] = frozenset()
+        rolled_back: list[Refusal] = []
+        while True:
+            log = Log(excluded=excluded)
+            with self.timed("passes"):
+                unbaked = self.rewrite(raised, log)
+            with self.timed("verify"):
+                problem, candidate64 = self._check64(unbaked, trials)
+            if not problem:
+                with self.timed("bake"):
+                    baked, ledger = bake(unbaked)
+                with self.timed("verify"):
+                    verification = self._judge(baked, candidate64, trials)
+                if verification is None or verification.equivalent:
+                    break
+                problem = verification.reason
+            with self.timed("verify"):
+                key = self._guilty(raised, log, excluded, trials, problem)
+            rolled_back.append(Refusal(key[0], log.sites.get(key, key[1]), f"rolled back, {problem}"))
+            excluded |= {key}
+        self.seconds |= log.seconds
+        return Result(unbaked, baked, ledger, log, raised_log, verification, rolled_back, self.seconds)
+
+    # -- verification
+
+    def _check64(self, unbaked: Program, trials: Trials | None) -> tuple[str, list[Leaves]]:
+        if trials is None:
+            return "", []
+        try:
+            candidate64 = run_float64(unbaked, trials.inputs)
+            error = max(relative_error(candidate64, trials.reference64), default=0.0)
+        except Mismatch as mismatch:
+            return str(mismatch), []
+        except Exception as failure:  # a rewritten graph that does not even run is wrong
+            return f"the rewritten program fails: {failure!r:.200}", []
+        return ("" if error < EXACT else f"the float64 error {error:.1e} is above {EXACT:.0e}"), candidate64
+
+    def _judge(self, baked: Program, candidate64: list[Leaves], trials: Trials | None) -> Verification | None:
+        if trials is None:
+            return None
+        candidate = run_native(baked, trials.inputs)
+        return compare(
+            reference64=trials.reference64, candidate64=candidate64, original=trials.original, candidate=candidate
+        )
+
+    def _guilty(
+        self, raised: Program, log: Log, excluded: frozenset[tuple[str, str]], trials: Trials | None, problem: str
+    ) -> tuple[str, str]:
+        def is_right(program: Program) -> bool:
+            wrong, candidate64 = self._check64(program, trials)
+            if wrong:
+                return False
+            verdict = self._judge(bake(program)[0], candidate64, trials)
+            return verdict is None or verdict.equivalent
+
+        def build(limited: Log) -> Program:
+            return self.rewrite(raised, limited)
+
+        if not log.permits or not is_right(build(Log(limit=0, excluded=excluded))):
+            raise VerificationError(f"the captured model itself does not compute what the model does: {problem}")
+        return first_wrong(build, is_right, excluded, len(log.permits))
+
+
+def run_native(program: Program, trials: Sequence[Leaves]) -> list[Leaves]:
+    """Flat outputs in the program's own dtypes, lowered as an optimized model would be on that device."""
+    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
+    module = graph_module(fastest(program, device))
+    with torch.no_grad():
+        return [list(module(*_cloned(leaves))) for leaves in trials]
+
+
+def _cloned(leaves: Leaves) -> Leaves:
+    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def make_trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
+    """Draw inputs and run the original on them, in its own dtype and (its captured program) in float64.
+
+    Raises `VerificationError` if capture itself has changed the function.
+    """
+
+    def accepts(leaves: Leaves) -> bool:
+        try:
+            original(_cloned(leaves))
+            captured.signature._check(leaves)
+        except Exception:
+            return False
+        return True
+
+    inputs = list(draws(captured.signature, example, count, accepts))
+    own = [original(_cloned(leaves)) for leaves in inputs]
+    reference64 = run_float64(captured, inputs)
+    _check_capture(captured, inputs, own, reference64)
+    return Trials(inputs, reference64, own)
+
+
+def _check_capture(captured: Program, inputs: list[Leaves], own: list[Leaves], reference64: list[Leaves]) -> None:
+    """The captured graph must be as close to float64 as the model itself: else what was captured is not the model."""
+    try:
+        verdict = compare(
+            reference64=reference64, candidate64=reference64, original=run_native(captured, inputs), candidate=own
+        )
+    except Exception as failure:
+        raise VerificationError(f"the captured program does not run on the example inputs: {failure}") from failure
+    if not verdict and verdict.error_ratio > 8:
+        raise VerificationError(
+            f"the captured program does not compute what the model does ({verdict.reason}): the model may depend on "
+            "Python state that changes between calls"
+        )
+
+
+def original_run(model: nn.Module, captured: Program) -> Run:
+    """The user's own model on flat leaves."""
+    from torch.utils import _pytree as pytree
+
+    def run(leaves: Leaves) -> Leaves:
+        args, kwargs = pytree.tree_unflatten(leaves, captured.signature.in_spec)
+        with torch.no_grad():
+            return list(pytree.tree_leaves(model(*args, **kwargs)))
+
+    return run
+
+
+def detached(program: Program) -> Program:
+    """The program for the ledger: weights of the model become shapes, so that the model can be freed."""
+    kept = {
+        name: t if program.origins[name].kind == "constant" or not program.origins[name].persistent else t.to("meta")
+        for name, t in program.tensors.items()
+    }
+    return dataclasses.replace(program, tensors=kept)
