@@ -1,4 +1,4 @@
-"""Attention of given queries, keys and values without a mask: how the products, the scale and the softmax are written."""
+"""Attention of given queries, keys and values, no mask: how products, scale and softmax are written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def heads(batch: int = 2, length: int = 5, count: int = HEADS, dim: int = DIM) -
     return 1.2 * torch.randn(batch, count, length, dim) + 0.4 * torch.randn(dim)
 
 
-# -- scale -----------------------------------------------------------------------------------------------------------
+# -- scale ---------------------------------------------------------------------------------------------------
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -89,6 +89,8 @@ def no_scale(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class ScaleBuffer(nn.Module):
     """GPT-J: divided by a buffer, float32 for the scores."""
 
+    scale_attn: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("scale_attn", torch.tensor(2.75))
@@ -125,7 +127,7 @@ class QueriesNormed(nn.Module):
         return (q @ k.mT).softmax(-1) @ v
 
 
-# -- products --------------------------------------------------------------------------------------------------------
+# -- products ------------------------------------------------------------------------------------------------
 
 
 def lucidrains(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -290,7 +292,9 @@ SPELLINGS: tuple[Spelling, ...] = (
     of(scale_on_both),
     of(scale_from_tensor, inputs=_cross),
     of(no_scale, reference=_sdpa(1.0), facts={"scale": 1.0}),
-    attention(ScaleBuffer, "scale_buffer", reference=_buffer, facts={"scale": 1 / 2.75}, dtype=torch.bfloat16),
+    attention(
+        ScaleBuffer, "scale_buffer", reference=_buffer, facts={"scale": 1 / 2.75}, dtype=torch.bfloat16
+    ),
     attention(LogitScale, "logit_scale", also={"l2_norm": 2}, facts={}, reference=_cosine),
     attention(QueriesNormed, "queries_normed", also={"rms_norm": 2}, reference=_normed),
     of(lucidrains),

@@ -1,4 +1,4 @@
-"""Attention with grouped heads, inside modules with their projections, over images, over channels, by a single query."""
+"""Attention with grouped heads, in modules with their projections, over images, channels, by one query."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .spellings_attention import DIM, ROOT, attention, heads, of
 
 QUERIES, GROUPS, WIDTH = 6, 2, 24
 
-# -- grouped heads ---------------------------------------------------------------------------------------------------
+# -- grouped heads -------------------------------------------------------------------------------------------
 
 
 def fused_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def multi_query_folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), v).view(b, h, t, d)
 
 
-# -- modules with projections ----------------------------------------------------------------------------------------
+# -- modules with projections --------------------------------------------------------------------------------
 
 
 class _Projected(nn.Module):
@@ -104,6 +104,8 @@ class Vit(_Projected):
 class MinGpt(_Projected):
     """Karpathy's: split, viewed, causal by a buffer, dropout modules in eval mode."""
 
+    mask: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.attn_dropout = nn.Dropout(0.1)
@@ -113,7 +115,7 @@ class MinGpt(_Projected):
         b, t, c = x.size()
         q, k, v = (z.view(b, t, self.heads, -1).transpose(1, 2) for z in self.qkv(x).split(c, dim=2))
         att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
-        att = att.masked_fill(self.mask[:, :, :t, :t] == 0, float("-inf"))  # type: ignore[index]
+        att = att.masked_fill(self.mask[:, :, :t, :t] == 0, float("-inf"))
         y = self.attn_dropout(F.softmax(att, dim=-1)) @ v
         return self.proj(y.transpose(1, 2).contiguous().view(b, t, c))
 
@@ -200,7 +202,7 @@ class LatentPool(nn.Module):
         return (attn.softmax(dim=-1) @ v).transpose(1, 2).reshape(b, c)
 
 
-# -- references ------------------------------------------------------------------------------------------------------
+# -- references ----------------------------------------------------------------------------------------------
 
 
 def _grouped(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -217,7 +219,9 @@ def _tiled(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _one_key_head(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k[:, None].expand(-1, QUERIES, -1, -1), v[:, None].expand(-1, QUERIES, -1, -1))
+    return F.scaled_dot_product_attention(
+        q, k[:, None].expand(-1, QUERIES, -1, -1), v[:, None].expand(-1, QUERIES, -1, -1)
+    )
 
 
 def _split(projected: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -226,15 +230,16 @@ def _split(projected: Tensor, parts: int) -> tuple[Tensor, ...]:
 
 def _projected(causal: bool) -> Any:
     def reference(m: Any, x: Tensor) -> Tensor:
-        y = F.scaled_dot_product_attention(*_split(m.qkv(x), 3), is_causal=causal)
+        q, k, v = _split(m.qkv(x), 3)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return m.proj(y.transpose(1, 2).flatten(-2))
 
     return reference
 
 
 def _each(m: Any, x: Tensor) -> Tensor:
-    parts = (torch.stack([f(x) for f in fs], 1) for fs in (m.q, m.k, m.v))
-    return F.scaled_dot_product_attention(*parts, is_causal=True).transpose(1, 2).flatten(-2)
+    q, k, v = (torch.stack([f(x) for f in fs], 1) for fs in (m.q, m.k, m.v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2)
 
 
 def _multihead(m: Any, x: Tensor, memory: Tensor) -> Tensor:
@@ -248,7 +253,10 @@ def _multihead(m: Any, x: Tensor, memory: Tensor) -> Tensor:
 def _multihead_weights(m: Any, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
     wq, wk, _ = m.attn.in_proj_weight.chunk(3)
     bq, bk, _ = m.attn.in_proj_bias.chunk(3)
-    q, k = (F.linear(s, w, b).unflatten(-1, (3, -1)).transpose(1, 2) for s, w, b in ((x, wq, bq), (memory, wk, bk)))
+    q, k = (
+        F.linear(s, w, b).unflatten(-1, (3, -1)).transpose(1, 2)
+        for s, w, b in ((x, wq, bq), (memory, wk, bk))
+    )
     return _multihead(m, x, memory), torch.softmax(q @ k.mT / ROOT, -1).mean(1)
 
 
@@ -268,7 +276,7 @@ def _pool(m: Any, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(m.latent.expand(len(x), -1, -1, -1), k, v).flatten(1)
 
 
-# -- inputs ----------------------------------------------------------------------------------------------------------
+# -- inputs --------------------------------------------------------------------------------------------------
 
 
 def _gqa() -> tuple[Tensor, ...]:

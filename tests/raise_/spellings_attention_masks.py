@@ -15,7 +15,7 @@ from .spellings_attention import DIM, HEADS, ROOT, attention, heads, of
 LENGTH = 6
 
 
-# -- a mask that is given --------------------------------------------------------------------------------------------
+# -- a mask that is given ------------------------------------------------------------------------------------
 
 
 def fused_boolean(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
@@ -74,12 +74,14 @@ def additive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def bloom(q: Tensor, k: Tensor, v: Tensor, alibi: Tensor) -> Tensor:
     """alibi.baddbmm(q, k, beta=1, alpha=1/sqrt(d))."""
     b, h, t, d = q.shape
-    scores = alibi.baddbmm(batch1=q.reshape(-1, t, d), batch2=k.reshape(-1, t, d).mT, beta=1.0, alpha=1 / ROOT)
+    scores = alibi.baddbmm(
+        batch1=q.reshape(-1, t, d), batch2=k.reshape(-1, t, d).mT, beta=1.0, alpha=1 / ROOT
+    )
     probs = F.softmax(scores.view(b, h, t, t), dim=-1, dtype=torch.float32).to(q.dtype)
     return torch.bmm(probs.view(b * h, t, t), v.reshape(-1, t, d)).view(b, h, t, d)
 
 
-# -- causal ----------------------------------------------------------------------------------------------------------
+# -- causal --------------------------------------------------------------------------------------------------
 
 
 def fused_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,13 +114,17 @@ def compared_positions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def sliding_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Mistral: causal, and no further back than three."""
-    keep = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(-2)
+    keep = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() & torch.ones(
+        LENGTH, LENGTH, dtype=torch.bool
+    ).triu(-2)
     return (q @ k.mT / ROOT).masked_fill(~keep, torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
 def causal_and_padding(q: Tensor, k: Tensor, v: Tensor, ones: Tensor) -> Tensor:
     """A causal mask and a padding mask joined, as an additive one."""
-    keep = torch.tril(torch.ones(LENGTH, LENGTH, dtype=torch.bool))[None, None] & ones[:, None, None, :].bool()
+    keep = (
+        torch.tril(torch.ones(LENGTH, LENGTH, dtype=torch.bool))[None, None] & ones[:, None, None, :].bool()
+    )
     bias = torch.zeros(keep.shape, dtype=q.dtype).masked_fill(~keep, torch.finfo(q.dtype).min)
     return (q @ k.mT * DIM**-0.5 + bias).softmax(-1) @ v
 
@@ -162,7 +168,7 @@ class Gpt1(_Bias):
         return torch.matmul(nn.functional.softmax(w, dim=-1), v)
 
 
-# -- biases of position ----------------------------------------------------------------------------------------------
+# -- biases of position --------------------------------------------------------------------------------------
 
 
 class T5(nn.Module):
@@ -183,6 +189,8 @@ class T5(nn.Module):
 class Swin(nn.Module):
     """A table of biases looked up by relative position, then a mask of shifted windows."""
 
+    index: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.table = nn.Parameter(torch.randn(11, HEADS))
@@ -192,7 +200,7 @@ class Swin(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, windows: Tensor) -> Tensor:
         b = q.shape[0]
         attn = (q * DIM**-0.5) @ k.transpose(-2, -1)
-        bias = self.table[self.index.view(-1)].view(LENGTH, LENGTH, -1)  # type: ignore[operator, union-attr]
+        bias = self.table[self.index.view(-1)].view(LENGTH, LENGTH, -1)
         attn = attn + bias.permute(2, 0, 1).contiguous().unsqueeze(0)
         n = windows.shape[0]
         attn = attn.view(b // n, n, HEADS, LENGTH, LENGTH) + windows.unsqueeze(1).unsqueeze(0)
@@ -210,7 +218,7 @@ class Alibi(nn.Module):
         return scores.masked_fill(position[None, :] > position[:, None], float("-inf")).softmax(-1) @ v
 
 
-# -- references ------------------------------------------------------------------------------------------------------
+# -- references ----------------------------------------------------------------------------------------------
 
 
 def _boolean(m: Any, q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
@@ -261,7 +269,7 @@ def _alibi(m: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
-# -- inputs ----------------------------------------------------------------------------------------------------------
+# -- inputs --------------------------------------------------------------------------------------------------
 
 
 def _qkv() -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""BatchNorm with frozen statistics: torch's own in eval mode, and all the ways of writing the constants out."""
+"""BatchNorm with frozen statistics: torch's own in eval mode, and ways of writing the constants out."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Frozen(nn.Module):
         self.register_buffer("running_var", 0.3 + 2 * torch.rand(WIDTH))
 
 
-# -- torch's own -----------------------------------------------------------------------------------------------------
+# -- torch's own ---------------------------------------------------------------------------------------------
 
 
 class _Module(nn.Module):
@@ -120,7 +120,7 @@ class TokensFlattened(nn.Module):
         return self.norm(x.flatten(0, 1)).reshape_as(x)
 
 
-# -- written out -----------------------------------------------------------------------------------------------------
+# -- written out ---------------------------------------------------------------------------------------------
 
 
 class Detr(Frozen):
@@ -149,7 +149,9 @@ class Textbook(Frozen):
     eps = 1e-4
 
     def forward(self, x: Tensor) -> Tensor:
-        x_hat = (x - self.running_mean[None, :, None, None]) / torch.sqrt(self.running_var + self.eps)[:, None, None]
+        x_hat = (x - self.running_mean[None, :, None, None]) / torch.sqrt(self.running_var + self.eps)[
+            :, None, None
+        ]
         return self.weight[:, None, None] * x_hat + self.bias[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Whole blocks in primitive operators: several patterns in one graph, residual streams that are read again."""
+"""Whole blocks in primitive operators: several patterns in one graph, streams that are read again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _split(x: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, DIM)).transpose(1, 2)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     """Written out, so that nothing in a block is recognised already."""
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
     if causal:
@@ -100,7 +100,10 @@ class Bottleneck(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv1, self.conv3 = nn.Conv2d(WIDTH, WIDTH, 1, bias=False), nn.Conv2d(WIDTH, WIDTH, 1, bias=False)
+        self.conv1, self.conv3 = (
+            nn.Conv2d(WIDTH, WIDTH, 1, bias=False),
+            nn.Conv2d(WIDTH, WIDTH, 1, bias=False),
+        )
         self.conv2 = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=4, bias=False)
         self.norm1, self.norm2, self.norm3 = Detr(), Detr(), Detr()
 
@@ -150,17 +153,17 @@ class WithoutNorms(nn.Module):
         return x + self.mlp(self.second(x))
 
 
-# -- references ------------------------------------------------------------------------------------------------------
+# -- references ----------------------------------------------------------------------------------------------
 
 
-def _merged(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+def _merged(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
     y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
     return y.transpose(1, 2).flatten(-2)
 
 
 def _gpt2(m: Any, x: Tensor) -> Tensor:
     q, k, v = (_split(z) for z in m.qkv(references.layer_norm(m.ln_1, x)).chunk(3, -1))
-    x = x + m.out(_merged(q, k, v, True))
+    x = x + m.out(_merged(q, k, v, causal=True))
     return x + m.down(F.gelu(m.up(references.layer_norm(m.ln_2, x)), approximate="tanh"))
 
 
@@ -172,7 +175,7 @@ def _bert(m: Any, x: Tensor) -> Tensor:
 def _llama(m: Any, x: Tensor) -> Tensor:
     h = references.rms_norm(m.input_norm, x)
     k, v = (_split(z) for z in m.kv(h).chunk(2, -1))
-    x = x + m.o(_merged(m.rotated(_split(m.q(h))), m.rotated(k), v, True))
+    x = x + m.o(_merged(m.rotated(_split(m.q(h))), m.rotated(k), v, causal=True))
     h = references.rms_norm(m.post_norm, x)
     return x + m.down(F.silu(m.gate(h)) * m.up(h))
 
@@ -231,9 +234,26 @@ SPELLINGS: tuple[Spelling, ...] = (
         reference=_llama,
         dtype=torch.bfloat16,
     ),
-    _block(Sandwich, "rms_norm", 2, eps=1e-6, affine="weight", facts={"placement": "sandwich"}, reference=_sandwich),
+    _block(
+        Sandwich,
+        "rms_norm",
+        2,
+        eps=1e-6,
+        affine="weight",
+        facts={"placement": "sandwich"},
+        reference=_sandwich,
+    ),
     _block(Bottleneck, "batch_norm", 3, eps=1e-5, reference=_bottleneck, inputs=_image),
     _block(ConvNextBlock, "layer_norm", 1, also={"gelu": 1}, eps=1e-12, reference=_convnext, inputs=_image),
-    _block(SharedStatistics, "layer_norm", 1, eps=1e-5, affine="none", reference=_shared, facts={"or count": 2}),
+    _block(
+        SharedStatistics,
+        "layer_norm",
+        1,
+        eps=1e-5,
+        affine="none",
+        or_affine=("weight", "weight+bias"),
+        reference=_shared,
+        or_count=2,
+    ),
     _block(WithoutNorms, "dyt", 2, also={"attention": 1}, reference=_without_norms),
 )

@@ -19,7 +19,7 @@ class Grouped(Affine):
     groups = GROUPS
 
 
-# -- groups ----------------------------------------------------------------------------------------------------------
+# -- groups --------------------------------------------------------------------------------------------------
 
 
 class Module(nn.Module):
@@ -131,7 +131,7 @@ class ChannelsLast(Grouped):
         return ((g - mean) * torch.rsqrt(var + self.eps)).flatten(-2) * self.weight + self.bias
 
 
-# -- instances -------------------------------------------------------------------------------------------------------
+# -- instances -----------------------------------------------------------------------------------------------
 
 
 class InstanceModule(nn.Module):
@@ -284,7 +284,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     _gn(Float32, dtype=torch.float16),
     _gn(Paper),
     _gn(FlatGroups),
-    _gn(ThroughLayerNorm, or_kinds=("layer_norm",)),
+    _gn(ThroughLayerNorm, or_kinds=("layer_norm",), or_affine=("none",)),
     _gn(ThroughBatchNorm),
     _gn(Rwkv, reference=_tokens, facts={"groups": 2}, inputs=lambda: (rows(2, 5, WIDTH),)),
     _gn(GlobalLayerNorm, facts={"groups": 1}, inputs=lambda: (rows(2, WIDTH, 5),)),
@@ -310,5 +310,12 @@ SPELLINGS: tuple[Spelling, ...] = (
         reference=_spade,
         inputs=lambda: (rows(2, WIDTH, 3, 5), torch.randn(2, 3, 3, 5)),
     ),
-    _in(RevIn, axes=(-2,), or_kinds=("layer_norm",), reference=_revin, inputs=lambda: (rows(2, 5, WIDTH),)),
+    _in(
+        RevIn,
+        axes=(-2,),
+        or_kinds=("layer_norm",),
+        or_affine=("none",),
+        reference=_revin,
+        inputs=lambda: (rows(2, 5, WIDTH),),
+    ),
 )

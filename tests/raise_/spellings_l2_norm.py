@@ -15,7 +15,7 @@ from .corpus import WIDTH, Outputs, Reference, Spelling, Stateless, gain, named,
 ROOT = math.sqrt(WIDTH)
 
 
-# -- functions of a tensor -------------------------------------------------------------------------------------------
+# -- functions of a tensor -----------------------------------------------------------------------------------
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def cosine_scores(x: Tensor, y: Tensor) -> Tensor:
     return x @ y.transpose(-2, -1)
 
 
-# -- with a scale ----------------------------------------------------------------------------------------------------
+# -- with a scale --------------------------------------------------------------------------------------------
 
 
 class ScaleNorm(nn.Module):
@@ -257,7 +257,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     _of(linalg_norm, eps=0.0, magnitudes=(1.0, 1e-3, 1e3)),
     _of(owl, eps=1e-6, eps_place="outside", reference=_outside(1e-6)),
     _of(delta_net, eps=1e-6, eps_place="inside", reference=_inside),
-    _of(tensorflow, eps=1e-6, facts={"floor of the squares": 1e-12}),
+    _of(tensorflow, eps=1e-12, eps_place="clamp_inside", reference=_floor(-1, 1e-6)),
     _of(written_out_normalize, eps=1e-12),
     _of(maximum, eps=1e-4),
     _of(einsum, eps=1e-8),
@@ -265,18 +265,51 @@ SPELLINGS: tuple[Spelling, ...] = (
     _of(several_axes, eps=1e-7, axes=(-2, -1), reference=_frobenius),
     _of(reciprocal, eps=1e-5, eps_place="outside", reference=_outside(1e-5)),
     _of(cosine_scores, eps=None, count=2, inputs=_pair, reference=_cosines, magnitudes=(1.0, 1e-2)),  # type: ignore[arg-type]
-    _l2(ScaleNorm, eps=1e-5, affine="weight", reference=_scale_norm),
-    _l2(ScaleNormShaped, eps=1e-5 * ROOT, affine="weight", or_kinds=("rms_norm",), reference=_scale_norm_shaped),
-    _l2(LucidrainsRms, eps=1e-12, affine="weight", or_kinds=("rms_norm",), reference=_lucidrains),
+    _l2(ScaleNorm, eps=1e-5, affine="weight", or_affine=("none",), reference=_scale_norm),
+    _l2(
+        ScaleNormShaped,
+        eps=1e-5 * ROOT,
+        affine="weight",
+        or_affine=("none",),
+        or_kinds=("rms_norm",),
+        reference=_scale_norm_shaped,
+    ),
+    _l2(
+        LucidrainsRms,
+        eps=1e-12,
+        affine="weight",
+        or_affine=("none",),
+        or_kinds=("rms_norm",),
+        reference=_lucidrains,
+    ),
     _l2(
         LucidrainsRmsChannels,
         eps=1e-12,
         axes=(-3,),
         affine="weight",
+        or_affine=("none",),
         or_kinds=("rms_norm",),
         inputs=_image,
         reference=_lucidrains_channels,
     ),
-    _l2(Zaya, eps=1e-7, count=2, affine="weight", inputs=_heads, scaled=(0, 1), reference=_zaya),
-    _l2(UnitQueriesAndKeys, eps=None, count=2, affine="weight", inputs=_heads, scaled=(0, 1), reference=_unit),
+    _l2(
+        Zaya,
+        eps=1e-7,
+        count=2,
+        affine="weight",
+        or_affine=("none",),
+        inputs=_heads,
+        scaled=(0, 1),
+        reference=_zaya,
+    ),
+    _l2(
+        UnitQueriesAndKeys,
+        eps=None,
+        count=2,
+        affine="weight",
+        or_affine=("none",),
+        inputs=_heads,
+        scaled=(0, 1),
+        reference=_unit,
+    ),
 )

@@ -1,4 +1,4 @@
-"""LayerNorm over the last axis: torch's own, how people write the division, n - 1 and eps outside the root."""
+"""LayerNorm over the last axis: torch's own, how the division is written, n - 1, eps outside the root."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def layer_norm(make: Callable[[], nn.Module], **given: Any) -> Spelling:
     return Spelling(kind="layer_norm", name="layer_norm_" + named(make), make=make, **(said | given))
 
 
-# -- torch's own -----------------------------------------------------------------------------------------------------
+# -- torch's own ---------------------------------------------------------------------------------------------
 
 
 class Module(nn.Module):
@@ -98,7 +98,7 @@ class OnePlusWeight(Affine):
         return F.layer_norm(x, (WIDTH,), self.weight + 1, self.bias, self.eps)
 
 
-# -- written out: the division ---------------------------------------------------------------------------------------
+# -- written out: the division -------------------------------------------------------------------------------
 
 
 class PowMinusHalf(Affine):
@@ -142,7 +142,9 @@ class GainBeforeDivision(Affine):
 class MeanMinusX(Affine):
     def forward(self, x: Tensor) -> Tensor:
         d = x.mean(-1, keepdim=True) - x
-        return torch.addcmul(self.bias, d * -torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + self.eps), self.weight)
+        return torch.addcmul(
+            self.bias, d * -torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + self.eps), self.weight
+        )
 
 
 class DtypeArgument(Affine):
@@ -161,7 +163,9 @@ class Residual(Affine):
     def forward(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         h = x + branch
         u = h.mean(-1, keepdim=True)
-        return self.weight * ((h - u) / torch.sqrt((h - u).pow(2).mean(-1, keepdim=True) + self.eps)) + self.bias, h
+        return self.weight * (
+            (h - u) / torch.sqrt((h - u).pow(2).mean(-1, keepdim=True) + self.eps)
+        ) + self.bias, h
 
 
 class WithStatistics(Affine):
@@ -173,7 +177,7 @@ class WithStatistics(Affine):
         return (x - mean) * rstd * self.weight + self.bias, mean, rstd
 
 
-# -- divisor n - 1, eps outside --------------------------------------------------------------------------------------
+# -- divisor n - 1, eps outside ------------------------------------------------------------------------------
 
 
 class AnnotatedTransformer(Affine):
@@ -246,7 +250,9 @@ SPELLINGS: tuple[Spelling, ...] = (
     layer_norm(GainBeforeDivision),
     layer_norm(MeanMinusX),
     layer_norm(DtypeArgument, dtype=torch.float16),
-    layer_norm(Residual, reference=_residual, inputs=lambda: (rows(2, 5, WIDTH), rows(2, 5, WIDTH)), scaled=(0, 1)),
+    layer_norm(
+        Residual, reference=_residual, inputs=lambda: (rows(2, 5, WIDTH), rows(2, 5, WIDTH)), scaled=(0, 1)
+    ),
     layer_norm(WithStatistics, reference=_statistics),
     layer_norm(AnnotatedTransformer, reference=_unbiased_outside, ddof=1, eps_place="outside"),
     layer_norm(BiasedStdEpsOutside, reference=_biased_outside, eps_place="outside"),

@@ -1,4 +1,4 @@
-"""LayerNorm over other axes than the last one, over several, per head, and with gains that depend on an input."""
+"""LayerNorm over other axes than the last one, over several, per head; gains that depend on an input."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .spellings_layer_norm import layer_norm
 HEADS, HEAD = 2, WIDTH // 2
 
 
-# -- channels first --------------------------------------------------------------------------------------------------
+# -- channels first ------------------------------------------------------------------------------------------
 
 
 class Timm2d(Affine):
@@ -115,13 +115,15 @@ class LucidrainsChannels(nn.Module):
 class ConstantConvolution(Affine):
     """Means over channels as a 1x1 convolution with constant weights."""
 
+    average: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("average", torch.full((1, WIDTH, 1, 1), 1 / WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        d = x - F.conv2d(x, self.average)  # type: ignore[arg-type]
-        std = (F.conv2d(d * d, self.average) + self.eps).sqrt()  # type: ignore[arg-type]
+        d = x - F.conv2d(x, self.average)
+        std = (F.conv2d(d * d, self.average) + self.eps).sqrt()
         return d / std * self.weight.reshape(-1, 1, 1) + self.bias.reshape(-1, 1, 1)
 
 
@@ -135,7 +137,7 @@ class FirstAxis(Affine):
         return x / (x.pow(2).mean(0) + self.eps).sqrt() * self.weight.unsqueeze(1)
 
 
-# -- several axes ----------------------------------------------------------------------------------------------------
+# -- several axes --------------------------------------------------------------------------------------------
 
 
 class WholeImage(nn.Module):
@@ -182,7 +184,9 @@ class Flattened(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(x.shape[0], -1)
-        flat = (flat - flat.mean(1, keepdim=True)) / (flat.var(1, keepdim=True, unbiased=False) + self.eps).sqrt()
+        flat = (flat - flat.mean(1, keepdim=True)) / (
+            flat.var(1, keepdim=True, unbiased=False) + self.eps
+        ).sqrt()
         return flat.view_as(x)
 
 
@@ -216,7 +220,7 @@ class GroupNormOfRows(Affine):
         return F.group_norm(x.flatten(0, -2), 1, self.weight, self.bias, self.eps).view_as(x)
 
 
-# -- gains that depend on an input -----------------------------------------------------------------------------------
+# -- gains that depend on an input ---------------------------------------------------------------------------
 
 
 class Modulated(nn.Module):
@@ -294,7 +298,9 @@ def _modulated(m: Any, x: Tensor, condition: Tensor) -> Tensor:
 
 
 def _conditional(m: Any, x: Tensor, condition: Tensor) -> Tensor:
-    return F.layer_norm(x, (WIDTH,), eps=m.eps) * m.to_gain(condition)[:, None] + m.to_shift(condition)[:, None]
+    return (
+        F.layer_norm(x, (WIDTH,), eps=m.eps) * m.to_gain(condition)[:, None] + m.to_shift(condition)[:, None]
+    )
 
 
 def _style(m: Any, x: Tensor, s: Tensor) -> Tensor:
@@ -332,7 +338,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     layer_norm(TwoAxesWrittenOut, axes=(-2, -1), reference=_two_axes),
     layer_norm(OneAxisAfterTheOther, axes=(-2, -1), reference=_two_axes),
     layer_norm(Flattened, axes=(-1,), outer_axes=(-2, -1), reference=_two_axes),
-    layer_norm(PerHead, or_kinds=("group_norm",), reference=_per_head),
+    layer_norm(PerHead, or_kinds=("group_norm",), or_affine=("none",), reference=_per_head),
     layer_norm(KerasFused),
     layer_norm(GroupNormOfRows, or_kinds=("group_norm",)),
     layer_norm(Modulated, adaptive=True, reference=_modulated, inputs=_condition),

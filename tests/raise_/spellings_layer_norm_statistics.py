@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import references
 from .corpus import WIDTH, Affine, Spelling
 from .spellings_layer_norm import layer_norm
 
@@ -67,7 +66,10 @@ class XLstm(Affine):
 class VarMean(Affine):
     def forward(self, x: Tensor) -> Tensor:
         var, mean = torch.var_mean(x, dim=(-1,), correction=0, keepdim=True)
-        return torch.add(torch.mul(torch.div(torch.sub(x, mean), torch.sqrt(torch.add(var, self.eps))), self.weight), self.bias)
+        return torch.add(
+            torch.mul(torch.div(torch.sub(x, mean), torch.sqrt(torch.add(var, self.eps))), self.weight),
+            self.bias,
+        )
 
 
 class NumpyNames(Affine):
@@ -77,7 +79,7 @@ class NumpyNames(Affine):
 
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(axis=-1, keepdims=True)  # type: ignore[call-overload]
-        var = ((x - mean) ** 2).sum(axis=-1, keepdims=True) / x.shape[-1]  # type: ignore[call-overload]
+        var = ((x - mean) ** 2).sum(axis=-1, keepdims=True) / x.shape[-1]
         return self.weight * (x - mean) / (var + self.eps) ** 0.5 + self.bias
 
 
@@ -144,6 +146,9 @@ class DivideByBuffer(Affine):
 
     eps = 1e-3
 
+    n: Tensor
+    variance_epsilon: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("n", torch.tensor(float(WIDTH)))
@@ -168,12 +173,14 @@ class Einsum(Affine):
 class MatmulWithOnes(Affine):
     """A column of 1/n as a buffer: a matrix unit takes the means."""
 
+    average: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("average", torch.ones(WIDTH, 1, dtype=torch.float64) / WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        average = self.average.to(x.dtype)  # type: ignore[operator, union-attr]
+        average = self.average.to(x.dtype)
         d = x - x @ average
         return d * torch.rsqrt(torch.matmul(d.square(), average) + self.eps) * self.weight + self.bias
 
@@ -181,12 +188,14 @@ class MatmulWithOnes(Affine):
 class CentringMatrix(Affine):
     """x (I - 11'/n), then the mean square."""
 
+    centre: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("centre", torch.eye(WIDTH, dtype=torch.float64) - 1 / WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        d = F.linear(x, self.centre.to(x.dtype))  # type: ignore[operator, union-attr, arg-type]
+        d = F.linear(x, self.centre.to(x.dtype))
         return d / torch.sqrt(d.pow(2).mean(dim=-1, keepdim=True) + self.eps) * self.weight + self.bias
 
 
@@ -237,7 +246,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     layer_norm(DivideByBuffer, reference=_buffer_eps),
     layer_norm(Einsum),
     layer_norm(MatmulWithOnes),
-    layer_norm(CentringMatrix),
+    layer_norm(CentringMatrix, or_kinds=("rms_norm",)),
     layer_norm(AveragePool),
     layer_norm(BatchedDot),
     layer_norm(VectorNorm),

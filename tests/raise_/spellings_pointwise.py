@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .corpus import WIDTH, Affine, Spelling, Stateless, gain, named, rows, shift
 
-# -- DyT -------------------------------------------------------------------------------------------------------------
+# -- DyT -----------------------------------------------------------------------------------------------------
 
 
 class Dynamic(Affine):
@@ -96,7 +96,7 @@ class DerfChannelsFirst(nn.Module):
         return self.gamma * torch.special.erf(torch.add(self.a * x, self.s)) + self.beta
 
 
-# -- GELU ------------------------------------------------------------------------------------------------------------
+# -- GELU ----------------------------------------------------------------------------------------------------
 
 
 def functional_gelu(x: Tensor) -> Tensor:
@@ -108,7 +108,11 @@ def erf_gelu(x: Tensor) -> Tensor:
 
 
 def megatron_erf_gelu(x: Tensor) -> Tensor:
-    return x * 0.5 * (torch.erf(x / 1.41421356237309504880).to(dtype=x.dtype) + torch.ones_like(x).to(dtype=x.dtype))
+    return (
+        x
+        * 0.5
+        * (torch.erf(x / 1.41421356237309504880).to(dtype=x.dtype) + torch.ones_like(x).to(dtype=x.dtype))
+    )
 
 
 def erfc_gelu(x: Tensor) -> Tensor:
@@ -152,7 +156,7 @@ class BiasGelu(nn.Module):
         return x * (0.5 * (1.0 + torch.erf(x * 0.7071067811865475)))
 
 
-# -- SiLU ------------------------------------------------------------------------------------------------------------
+# -- SiLU ----------------------------------------------------------------------------------------------------
 
 
 def functional_silu(x: Tensor) -> Tensor:

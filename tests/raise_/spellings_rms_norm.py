@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import references
-from .corpus import WIDTH, Affine, Outputs, Spelling, gain, named, rows, shift
+from .corpus import WIDTH, Affine, Outputs, Spelling, gain, named, rows
 
 
 def rms_norm(make: Callable[[], nn.Module], **given: Any) -> Spelling:
@@ -28,7 +28,7 @@ class Gain(Affine):
     eps = 1e-6
 
 
-# -- torch's own -----------------------------------------------------------------------------------------------------
+# -- torch's own ---------------------------------------------------------------------------------------------
 
 
 class Module(nn.Module):
@@ -76,7 +76,7 @@ class UpcastFunctional(Gain):
         return F.rms_norm(x.float(), (WIDTH,), eps=self.eps).type_as(x) * self.weight
 
 
-# -- as published with models ----------------------------------------------------------------------------------------
+# -- as published with models --------------------------------------------------------------------------------
 
 
 class Llama(Gain):
@@ -223,7 +223,7 @@ class FlaxT5X(nn.Module):
         return torch.einsum("...c,c->...c", y, self.scale)
 
 
-# -- gates, adaptive gains, residuals --------------------------------------------------------------------------------
+# -- gates, adaptive gains, residuals ------------------------------------------------------------------------
 
 
 class GatedBefore(Gain):
@@ -371,7 +371,7 @@ SPELLINGS: tuple[Spelling, ...] = (
         inputs=lambda: (rows(2, 5, WIDTH), torch.randn(2, 7)),
     ),
     rms_norm(FusedAdd, reference=_fused_add, inputs=_two, scaled=(0, 1), dtype=torch.bfloat16),
-    rms_norm(Grouped, reference=_grouped),
+    rms_norm(Grouped, or_affine=("none",), reference=_grouped),
     rms_norm(LogExp),
     rms_norm(VarianceAndMean),
 )

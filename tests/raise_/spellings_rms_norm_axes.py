@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import references
-from .corpus import WIDTH, Affine, Spelling, gain, named, rows
+from .corpus import WIDTH, Affine, Spelling, gain, named, rows, shift
 from .spellings_rms_norm import Gain, rms_norm
 
-# -- the mean square -------------------------------------------------------------------------------------------------
+# -- the mean square -----------------------------------------------------------------------------------------
 
 
 class Einsum(Gain):
@@ -83,6 +83,8 @@ class Reciprocal(Gain):
 
 
 class EpsBuffer(Gain):
+    epsilon: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("epsilon", torch.tensor(2.0**-12))
@@ -122,7 +124,7 @@ class Negated(Gain):
         return -(-x / (1 / inverse)) * self.weight
 
 
-# -- axes ------------------------------------------------------------------------------------------------------------
+# -- axes ----------------------------------------------------------------------------------------------------
 
 
 class Timm2d(Gain):
@@ -149,7 +151,7 @@ class FilterResponse(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.weight, self.bias = gain(WIDTH), gain(WIDTH)
+        self.weight, self.bias = gain(WIDTH), shift(WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
         rms = x.square().float().mean(dim=(2, 3), keepdim=True).add(self.eps).rsqrt().to(x.dtype)
@@ -290,12 +292,12 @@ SPELLINGS: tuple[Spelling, ...] = (
     rms_norm(Reciprocal),
     rms_norm(EpsBuffer, eps=2.0**-12, reference=_buffer),
     rms_norm(NoEps),
-    rms_norm(ClampedMeanSquare, eps_place="clamp", reference=_floor),
+    rms_norm(ClampedMeanSquare, eps_place="clamp_inside", reference=_floor),
     rms_norm(BiasOnly, reference=_bias),
     rms_norm(Negated),
     _image(Timm2d, reference=references.on_axis(1, references.rms_norm)),
     _image(PixelNorm, reference=_pixel),
-    _image(FilterResponse, axes=(-2, -1), reference=_filter_response),
+    _image(FilterResponse, axes=(-2, -1), or_affine=("none",), reference=_filter_response),
     _image(GroupRms, axes=(-3, -2, -1), reference=_group_rms),
     rms_norm(
         QueriesAndKeys,

@@ -15,7 +15,7 @@ from .corpus import WIDTH, Outputs, Reference, Spelling, Stateless, named, rows
 TILE = 7
 
 
-# -- torch's own -----------------------------------------------------------------------------------------------------
+# -- torch's own ---------------------------------------------------------------------------------------------
 
 
 def softmax_module() -> nn.Module:
@@ -54,7 +54,7 @@ def transposed(x: Tensor) -> Tensor:
     return F.softmax(x.transpose(1, 2), dim=-1).transpose(1, 2)
 
 
-# -- written out -----------------------------------------------------------------------------------------------------
+# -- written out ---------------------------------------------------------------------------------------------
 
 
 def exp_over_sum(x: Tensor) -> Tensor:
@@ -142,7 +142,7 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
 
 
 class AttentivePooling(nn.Module):
-    """Speech: weights over time, then a weighted mean. No query, no key: not an attention."""
+    """Speech: weights over time, then a weighted mean; or an attention of one learned query."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class AttentivePooling(nn.Module):
         return torch.sum(x * weights, dim=1)
 
 
-# -- logarithms ------------------------------------------------------------------------------------------------------
+# -- logarithms ----------------------------------------------------------------------------------------------
 
 
 def log_of_softmax(x: Tensor) -> Tensor:
@@ -253,6 +253,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     _record(
         AttentivePooling,
         "softmax_attentive_pooling",
+        or_kinds=("attention",),
         inputs=lambda: (rows(2, 5, WIDTH),),
         reference=_pooling,
     ),

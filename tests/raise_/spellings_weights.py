@@ -16,7 +16,7 @@ from .corpus import WIDTH, Spelling, gain, named, rows
 IN, OUT, TAPS = WIDTH, 6, 3
 
 
-# -- weight norm -----------------------------------------------------------------------------------------------------
+# -- weight norm ---------------------------------------------------------------------------------------------
 
 
 def _hooked(api: Callable[..., Any], module: nn.Module, **options: Any) -> nn.Module:
@@ -85,10 +85,13 @@ class RescaledOutput(_GainAndDirection):
     """The scale applied to the result: linear(x, v) * g / ||v||."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.v) * (self.g / torch.linalg.vector_norm(self.v, dim=1, keepdim=True)).squeeze(1) + self.bias
+        return (
+            F.linear(x, self.v) * (self.g / torch.linalg.vector_norm(self.v, dim=1, keepdim=True)).squeeze(1)
+            + self.bias
+        )
 
 
-# -- spectral norm ---------------------------------------------------------------------------------------------------
+# -- spectral norm -------------------------------------------------------------------------------------------
 
 
 def spectral_hook_linear() -> nn.Module:
@@ -110,6 +113,9 @@ def spectral_parametrized_transposed() -> nn.Module:
 class SpectralWrittenOut(nn.Module):
     """Self-attention GANs: stored u and v, sigma = u' W v."""
 
+    u: Tensor
+    v: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(OUT, IN, TAPS))
@@ -118,11 +124,11 @@ class SpectralWrittenOut(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.weight.view(OUT, -1)
-        sigma = torch.sum(self.u * (matrix @ self.v))  # type: ignore[operator]
+        sigma = torch.sum(self.u * (matrix @ self.v))
         return F.conv1d(x, self.weight / sigma)
 
 
-# -- weight standardization ------------------------------------------------------------------------------------------
+# -- weight standardization ----------------------------------------------------------------------------------
 
 
 class _Convolution(nn.Conv2d):
@@ -162,7 +168,9 @@ class Timm(_Convolution):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = self.weight.reshape(1, self.out_channels, -1)
-        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=self.eps).reshape_as(self.weight)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=self.eps).reshape_as(
+            self.weight
+        )
         return F.conv2d(x, weight, self.bias, padding=1)
 
 
@@ -195,7 +203,9 @@ class DeepMind(_Convolution):
     def forward(self, x: Tensor) -> Tensor:
         mean = self.weight.mean((1, 2, 3), keepdim=True)
         var = self.weight.var((1, 2, 3), keepdim=True, unbiased=False)
-        scale = torch.rsqrt(torch.clamp(var * self.weight[0].numel(), min=self.eps)) * self.gain.view(-1, 1, 1, 1)
+        scale = torch.rsqrt(torch.clamp(var * self.weight[0].numel(), min=self.eps)) * self.gain.view(
+            -1, 1, 1, 1
+        )
         return F.conv2d(x, self.weight * scale - mean * scale, self.bias, padding=1)
 
 
@@ -222,16 +232,16 @@ class StandardizedLinear(nn.Module):
         return F.linear(x, F.layer_norm(self.fc.weight, (IN,), eps=self.eps), self.fc.bias)
 
 
-# -- references ------------------------------------------------------------------------------------------------------
+# -- references ----------------------------------------------------------------------------------------------
 
 
 def _apply(m: Any, x: Tensor, weight: Tensor) -> Tensor:
     if isinstance(m, nn.Linear):
         return F.linear(x, weight, m.bias)
     if isinstance(m, nn.ConvTranspose1d):
-        return F.conv_transpose1d(x, weight, m.bias, m.stride, m.padding)
+        return F.conv_transpose1d(x, weight, m.bias, m.stride, m.padding)  # type: ignore[arg-type]
     convolve = F.conv1d if weight.ndim == 3 else F.conv2d
-    return convolve(x, weight, m.bias, padding=m.padding, groups=m.groups)  # type: ignore[operator]
+    return convolve(x, weight, m.bias, padding=m.padding, groups=m.groups)
 
 
 def _weight_norm(dim: int | None = 0) -> Callable[..., Tensor]:
@@ -252,7 +262,11 @@ def _spectral(dim: int = 0) -> Callable[..., Tensor]:
     def reference(m: Any, x: Tensor) -> Tensor:
         hooked = hasattr(m, "weight_orig")
         w = m.weight_orig if hooked else m.parametrizations.weight.original
-        u, v = (m.weight_u, m.weight_v) if hooked else (m.parametrizations.weight[0]._u, m.parametrizations.weight[0]._v)
+        u, v = (
+            (m.weight_u, m.weight_v)
+            if hooked
+            else (m.parametrizations.weight[0]._u, m.parametrizations.weight[0]._v)
+        )
         return _apply(m, x, w / torch.dot(u, w.movedim(dim, 0).flatten(1) @ v))
 
     return reference
@@ -317,7 +331,7 @@ SPELLINGS: tuple[Spelling, ...] = (
     _w("weight_norm", WrittenOut, _written_out),
     _w("weight_norm", ThroughNormalize, _written_out, eps=1e-12, eps_place="clamp", or_kinds=("l2_norm",)),
     _w("weight_norm", SumOfSquares, _written_out),
-    _w("weight_norm", RescaledOutput, _written_out),
+    _w("weight_norm", RescaledOutput, _written_out, or_kinds=("l2_norm",)),
     _w("spectral_norm", spectral_hook_linear, _spectral()),
     _w("spectral_norm", spectral_hook_convolution, _spectral(), inputs=_signal),
     _w("spectral_norm", spectral_parametrized_linear, _spectral()),
@@ -326,8 +340,15 @@ SPELLINGS: tuple[Spelling, ...] = (
     _ws(Qiao, _qiao, ddof=1, eps_place="outside"),
     _ws(BigTransfer),
     _ws(Timm, axes=None),
-    _ws(TimmScaled, axes=None, affine="weight"),
-    _ws(DeepMind, _deepmind, eps_place="clamp", affine="weight", facts={"fan-in in the root": True}),
+    _ws(TimmScaled, axes=None, affine="weight", or_affine=("none",)),
+    _ws(
+        DeepMind,
+        _deepmind,
+        eps_place="clamp_inside",
+        affine="weight",
+        or_affine=("none",),
+        facts={"fan-in in the root": True},
+    ),
     _ws(Lucidrains, axes=(-1,), outer_axes=(-3, -2, -1)),
     _ws(StandardizedLinear, _linear, axes=(-1,), or_kinds=("layer_norm",), inputs=_tokens),
 )

@@ -1,11 +1,11 @@
-"""The corpora are right: a spelling equals torch's operator in float64, a near miss does not, both can be exported."""
+"""The corpora are right: a spelling is torch's operator in float64, a near miss is not, both export."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from .corpus import Case, NearMiss, Spelling, distance, in_float64, promoted
+from .corpus import Case, NearMiss, Outputs, Spelling, distance, in_float64, promoted
 from .near_misses import NEAR_MISSES
 from .spellings import SPELLINGS
 
@@ -16,6 +16,10 @@ def _ids(case: Case) -> str:
     return case.name
 
 
+def _finite(outputs: Outputs) -> bool:
+    return all(t.isfinite().all() for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=_ids)
 def test_a_spelling_is_its_reference(spelling: Spelling) -> None:
     for magnitude in spelling.magnitudes:
@@ -23,8 +27,10 @@ def test_a_spelling_is_its_reference(spelling: Spelling) -> None:
         with promoted():
             actual, expected = module(*args), spelling.reference(module, *args)
         assert distance(actual, expected) < EXACT, f"inputs times {magnitude}"
+        assert magnitude != 1 or _finite(expected)
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attribute self.weight was assigned")  # the hook APIs
 @pytest.mark.parametrize("case", [*SPELLINGS, *NEAR_MISSES], ids=_ids)
 def test_it_can_be_exported_and_the_graph_computes_the_same(case: Case) -> None:
     module, args = case.build(), case.example()
@@ -32,7 +38,8 @@ def test_it_can_be_exported_and_the_graph_computes_the_same(case: Case) -> None:
     if isinstance(case, NearMiss) and case.random:
         return
     with torch.no_grad():
-        torch.testing.assert_close(exported.module(check_guards=False)(*args), case.build()(*args), equal_nan=True)
+        actual, expected = exported.module(check_guards=False)(*args), case.build()(*args)
+    torch.testing.assert_close(actual, expected, equal_nan=True)
 
 
 @pytest.mark.parametrize("miss", [m for m in NEAR_MISSES if m.poses_as], ids=_ids)
@@ -41,7 +48,7 @@ def test_a_near_miss_is_not_what_it_poses_as(miss: NearMiss) -> None:
     module, args = in_float64(miss)
     with promoted():
         actual, posed = module(*args), miss.poses_as(module, *args)
-    assert distance(actual, posed) > 1e-6
+    assert 1e-6 < distance(actual, posed) < float("inf")
 
 
 @pytest.mark.parametrize("cases", [SPELLINGS, NEAR_MISSES], ids=["spellings", "near misses"])
