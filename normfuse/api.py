@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from normfuse.archive import load_exported, signature_of
 from normfuse.bake import WeightProgram
-from normfuse.capture import capture
+from normfuse.capture import CAUTIONS, capture
 from normfuse.errors import CaptureError, VerificationError
 from normfuse.evaluate import run_float64
 from normfuse.inventory import Inventory, take_inventory
@@ -61,19 +61,38 @@ def optimize(
     started = time.perf_counter()
     check_backend(backend)
     rules = select(pass_table(), passes, disable)
-    captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    seconds = {"capture": time.perf_counter() - started}
-    _check_outputs(captured)
-    pipeline = Pipeline(captured, rules, named=passes is not None)
-    with pipeline.timed("verify"):
-        trials = _trials(model, captured, args, kwargs, TRIALS) if verify else None
-    result = pipeline.run(trials)
+    captured, trials, seconds = _capture_and_try(model, args, kwargs, dynamic_shapes, TRIALS if verify else 0)
+    result = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials)
     lowering = time.perf_counter()
     report = _report(_name(model), result, backend, captured.notes)
     optimized = Optimized(result.baked, report, ledger=detached(result.unbaked), backend=backend)
-    report.seconds = seconds | result.seconds | {"lower": time.perf_counter() - lowering}
+    report.seconds = result.seconds | {"lower": time.perf_counter() - lowering}
     report.seconds["total"] = time.perf_counter() - started
     return optimized
+
+
+def _capture_and_try(
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, trials: int
+) -> tuple[Program, Trials | None, dict[str, float]]:
+    """Capture, and run the captured program at other sizes: where those it calls free are not, capture with fewer."""
+    seconds = {"capture": 0.0, "verify": 0.0}
+    last = CAUTIONS - 1 if dynamic_shapes == "auto" and not isinstance(model, ExportedProgram) else 0
+    for caution in range(last + 1):
+        started = time.perf_counter()
+        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, caution=caution)
+        _check_outputs(captured)
+        middle = time.perf_counter()
+        seconds["capture"] += middle - started
+        try:
+            tried = _trials(model, captured, args, kwargs, trials) if trials else None
+        except VerificationError:
+            if caution == last:
+                raise
+            continue
+        finally:
+            seconds["verify"] += time.perf_counter() - middle
+        return captured, tried, seconds
+    raise AssertionError("the last capture either succeeds or raises")
 
 
 def _report(name: str, result: Result, backend: str, notes: tuple[str, ...]) -> Report:
@@ -153,10 +172,9 @@ def verify(
     A candidate made by `optimize` is judged by its weight programs over the reference's weights; any other by its own
     weights, which may differ by one rounding each. Raises `CaptureError` if a model cannot be captured.
     """
-    left, left_args, left_kwargs = _runnable(reference, args, kwargs)
-    captured = capture(reference, args, kwargs)
-    example = captured.signature.flatten(tuple(left_args), left_kwargs or {})
-    drawn = make_trials(captured, original_run(left, captured), example, max(1, trials))
+    _, left_args, left_kwargs = _runnable(reference, args, kwargs)
+    captured, drawn, _ = _capture_and_try(reference, args, kwargs, "auto", max(1, trials))
+    assert drawn is not None
     right, _, _ = _runnable(candidate, args, kwargs)
     own = original_run(right, captured)
     outputs = [own(leaves) for leaves in drawn.inputs]

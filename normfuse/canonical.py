@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from normfuse.errors import CaptureError
-from normfuse.node import arguments, aten, dtype, is_getitem, is_op, source_line, value
+from normfuse.node import argument, arguments, aten, dtype, is_getitem, is_op, source_line, value
+from normfuse.ops import RMS_NORM
 from normfuse.program import Kind, Leaf, Origin, Program, Signature
 
 _KINDS: dict[InputKind, Kind] = {
@@ -233,8 +234,9 @@ class _Builder:
         ranges: dict[str, tuple[int, int]] = {}
         for symbol, bounds in self.exported.range_constraints.items():
             low, high = _as_int(bounds.lower, 0), _as_int(bounds.upper, 2**62)
-            # Torch assumes "at least 2" of every free size; graphs made under it hold for 1 as well.
-            ranges[str(symbol)] = (min(low, 1) if low <= 2 else low, high)
+            # Torch assumes "at least 2" of every free size. A batch of one is tried by verification; other sizes keep it.
+            is_batch = any(leaf.sizes and leaf.sizes[0] == str(symbol) for leaf in self.leaves)
+            ranges[str(symbol)] = (1 if is_batch and low <= 2 else low, high)
         return Signature(tuple(self.leaves), spec.in_spec, spec.out_spec, None, ranges)
 
 
@@ -289,12 +291,41 @@ def _simplify(program: Program) -> None:
         elif is_op(node, *_COPIES) or _is_same_dtype(node):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
+        elif is_op(node, aten.reshape_as, aten.view_as, aten.expand_as):
+            _with_sizes(node)
         elif is_op(node, aten._native_batch_norm_legit_no_training):
             _retarget(node, lambda a: (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], False,
                                        a["momentum"], a["eps"], False), aten.batch_norm.default)
         elif is_op(node, aten.native_layer_norm):
             _retarget(node, lambda a: (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"], False),
                       aten.layer_norm.default)
+        elif is_op(node, aten.rms_norm) and argument(node, "eps") is not None:
+            _to_our_rms_norm(node)
+
+
+def _to_our_rms_norm(node: fx.Node) -> None:
+    given = arguments(node)
+    axes = list(range(-len(given["normalized_shape"]), 0))
+    node.target = RMS_NORM.default
+    node.args, node.kwargs = (given["input"], axes, given["weight"], None), {"eps": float(given["eps"])}
+
+
+def _with_sizes(node: fx.Node) -> None:
+    """`x.reshape_as(y)` reads only the shape of y: say so."""
+    source, like = node.args[0], node.args[1]
+    target = aten.expand.default if is_op(node, aten.expand_as) else aten.reshape.default
+    sizes: list[Any] = []
+    with node.graph.inserting_before(node):
+        for axis, size in enumerate(value(like).shape):
+            if not isinstance(size, int):
+                asked = node.graph.call_function(aten.sym_size.int, (like, axis))
+                asked.meta = {"val": size}
+                size = asked
+            sizes.append(size)
+        new = node.graph.call_function(target, (source, sizes))
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def _is_same_dtype(node: fx.Node) -> bool:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import logging
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ from normfuse.node import is_op
 from normfuse.program import Program, bind
 
 Shapes = Any
+CAUTIONS = 3
+"""How many ways `"auto"` has: every size free, only the batch, none."""
+
 _CONVOLUTIONAL_RANK = 4
 
 
@@ -38,10 +43,12 @@ def capture(
     *,
     dynamic_shapes: Shapes = "auto",
     check_training: bool = True,
+    caution: int = 0,
 ) -> Program:
     """The canonical program of `model` for inference.
 
     `args` and `kwargs` are example inputs as `torch.export.export` takes them; `dynamic_shapes` as in `optimize`.
+    `caution` skips that many of the ways in which `"auto"` would let sizes vary, the freest first.
     Raises `CaptureError` naming the module, the source line and what to try.
     """
     if isinstance(model, ExportedProgram):
@@ -54,11 +61,11 @@ def capture(
     except InputError as error:
         raise CaptureError(f"{type(model).__name__}: {error}") from None
     _support_transformers_caches(model)
-    attempts = _attempts(model, positional, named, dynamic_shapes, parameters)
+    attempts = islice(_attempts(model, positional, named, dynamic_shapes, parameters), caution, None)
     program, notes = _first_success(model, attempts)
     program.signature = replace(program.signature, parameters=parameters)
     program.notes = notes
-    if dynamic_shapes == "auto" and _purely_convolutional(program):
+    if dynamic_shapes == "auto" and caution == 0 and _purely_convolutional(program):
         program = _with_free_images(model, positional, named, parameters, program)
     return program
 
@@ -183,7 +190,7 @@ def _first_success(model: nn.Module, attempts: Iterator[Attempt]) -> tuple[Progr
 
 def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes) -> Program:
     try:
-        with warnings.catch_warnings(), _quiet_exporter(), torch.no_grad():
+        with warnings.catch_warnings(), _quiet_exporter(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
@@ -198,7 +205,7 @@ def _quiet_exporter() -> Iterator[None]:
     loggers += [logging.getLogger("torch._export.non_strict_utils")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
-        logger.setLevel(logging.ERROR)
+        logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

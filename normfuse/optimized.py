@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class Optimized(nn.Module):
         """Write the optimized program as ONNX; see `normfuse.export_onnx`."""
         from normfuse.lower.onnx import write_onnx
 
-        return write_onnx(self.program, Path(path), target=target, opset=opset)
+        program = dataclasses.replace(self.program, tensors={n: self.tensors()[n] for n in self.program.tensors})
+        return write_onnx(program, Path(path), target=target, opset=opset, report=self.report)
 
 
 def plain_tensors_shared(program: Program) -> Program:

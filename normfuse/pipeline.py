@@ -22,7 +22,7 @@ from normfuse.program import Program
 from normfuse.raise_ import RULES
 from normfuse.rewrite import Rule
 from normfuse.rewrite.driver import run_passes
-from normfuse.rewrite.record import Log, Refusal
+from normfuse.rewrite.record import FiringKey, Log, Refusal
 from normfuse.verification.bisect import first_wrong
 from normfuse.verification.inputs import draws
 from normfuse.verification.numerics import EXACT, Mismatch, Verification, compare, relative_error
@@ -72,11 +72,13 @@ class Trials:
 class Pipeline:
     """One optimization of one captured program."""
 
-    def __init__(self, captured: Program, rules: Sequence[Rule], *, named: bool) -> None:
+    def __init__(
+        self, captured: Program, rules: Sequence[Rule], *, named: bool, seconds: dict[str, float] | None = None
+    ) -> None:
         self.captured = captured
         self.rules = rules
         self.named = named
-        self.seconds: dict[str, float] = {}
+        self.seconds = seconds if seconds is not None else {}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -97,9 +99,9 @@ class Pipeline:
         mark_zero_mean(program)
         return program
 
-    def run(self, trials: Trials | None) -> Result:
+    def run(self, trials: Trials | None, excluded: frozenset[FiringKey] = frozenset()) -> Result:
+        """All the way through, without the rewrites `excluded` and those that verification finds to be wrong."""
         raised, raised_log = self.raise_()
-        excluded: frozenset[tuple[str, str]] = frozenset()
         rolled_back: list[Refusal] = []
         while True:
             log = Log(excluded=excluded)
@@ -190,7 +192,10 @@ def make_trials(captured: Program, original: Run, example: Leaves, count: int) -
 
     inputs = list(draws(captured.signature, example, count, accepts))
     own = [original(_cloned(leaves)) for leaves in inputs]
-    reference64 = run_float64(captured, inputs)
+    try:
+        reference64 = run_float64(captured, inputs)
+    except Exception as failure:
+        raise VerificationError(f"the captured program does not run on inputs the model takes: {failure!r:.300}") from failure
     _check_capture(captured, inputs, own, reference64)
     return Trials(inputs, reference64, own)
 
@@ -202,7 +207,7 @@ def _check_capture(captured: Program, inputs: list[Leaves], own: list[Leaves], r
             reference64=reference64, candidate64=reference64, original=run_native(captured, inputs), candidate=own
         )
     except Exception as failure:
-        raise VerificationError(f"the captured program does not run on the example inputs: {failure}") from failure
+        raise VerificationError(f"the captured program does not run on inputs the model takes: {failure!r:.300}") from failure
     if not verdict and verdict.error_ratio > 8:
         raise VerificationError(
             f"the captured program does not compute what the model does ({verdict.reason}): the model may depend on "

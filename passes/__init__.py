@@ -15,6 +15,7 @@ from normfuse.passes import (
     fold_batch_norm,
     fold_norm_affine,
     layer_norm_to_rms_norm,
+    merge_branches,
     remove_inference_noops,
 )
 
@@ -22,6 +23,7 @@ TABLE: tuple[Rule, ...] = (
     remove_inference_noops.RULE,
     bake_weights.RULE,
     fold_batch_norm.RULE,
+    merge_branches.RULE,
     layer_norm_to_rms_norm.RULE,
     fold_norm_affine.RULE,
 )

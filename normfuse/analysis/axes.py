@@ -184,6 +184,16 @@ def _reduce(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
     return None if not gone or own in gone else [(source, own)]
 
 
+def _repeat(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
+    source, repeats = a["self"], a["repeats"]
+    own = axis - (rank(node) - rank(source))
+    return [(source, own)] if own >= 0 and is_one(repeats[axis]) and not is_one(shape(node)[axis]) else None
+
+
+def _repeat_interleave(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
+    return None if a.get("dim") is None or "self" not in a else _along_other(node, axis, a)
+
+
 def _pad(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
     source, pads = a["self"], a["pad"]
     fill = a.get("value")
@@ -234,6 +244,7 @@ _RULES: dict[Any, Callable[[fx.Node, int, dict[str, Any]], Carried | None]] = {
     aten.select: _select, aten.unbind: _select, aten.index: _index,
     aten.roll: _many_axes("dims"), aten.flip: _many_axes("dims"),
     aten.mean: _reduce, aten.sum: _reduce, aten.pad: _pad, aten.constant_pad_nd: _pad,
+    aten.repeat: _repeat, aten.repeat_interleave: _repeat_interleave,
     aten.masked_fill: _masked_fill, aten.where: _where,
     aten.avg_pool1d: _pool, aten.avg_pool2d: _pool, aten.avg_pool3d: _pool,
     aten.adaptive_avg_pool1d: _pool, aten.adaptive_avg_pool2d: _pool, aten.adaptive_avg_pool3d: _pool,

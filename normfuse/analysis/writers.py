@@ -13,7 +13,7 @@ from normfuse.analysis.axes import carried_operands
 from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED
 from normfuse.analysis.streams import Writer
-from normfuse.node import argument, aten, is_getitem, is_op, op_name, rank, readers, same_size, shape, site
+from normfuse.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
 from normfuse.program import Program
 
 NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm)
@@ -48,6 +48,8 @@ class Writers:
             return None
         if (piece := self.piece_of_projection(node, axis)) is not None:
             return self._needs_weight(argument(piece, "weight"), where)
+        if (whole := self.heads_of_projection(node, axis)) is not None:
+            return self._needs_weight(argument(whole, "weight"), where)
         return f"{where} has no weights that could take it"
 
     def _needs_weight(self, node: object, where: str) -> str | None:
@@ -96,6 +98,16 @@ class Writers:
         source = split.args[0]
         along = is_op(split, aten.split, aten.chunk, aten.split_with_sizes) and argument(split, "dim") in (-1, axis)
         return source if along and isinstance(source, fx.Node) and is_op(source, aten.linear) else None
+
+    def heads_of_projection(self, node: fx.Node, axis: int) -> fx.Node | None:
+        """The linear whose outputs `node` splits into (heads, channels), if nothing else reads them."""
+        if not is_op(node, aten.view, aten.reshape, aten.unflatten) or axis != rank(node) - 1 or rank(node) < 2:
+            return None
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        outputs = shape(source)[-1] if shape(source) else 0
+        split = same_size(product(shape(node)[-2:]), outputs) and not same_size(shape(node)[-1], outputs)
+        mine = is_op(source, aten.linear) and readers(source) == (node,)
+        return source if split and mine and isinstance(shape(node)[-1], int) else None
 
 
 def writers(program: Program) -> Writers:

@@ -40,6 +40,8 @@ def _map(edit: Editor, facts: Writers, node: fx.Node, axis: int, f: ChannelMap) 
             edit.replace(node, edit.rebuild(source, weight=f(table, 1)))
         elif (projection := facts.piece_of_projection(node, axis)) is not None:
             _map_piece(edit, node, projection, f)
+        elif (whole := facts.heads_of_projection(node, axis)) is not None:
+            _map_heads(edit, whole, int(shape(node)[-1]), f)
         else:
             edit.replace(node, edit.rebuild(node, **_mapped_weights(edit, node, f)))
 
@@ -116,6 +118,17 @@ def _map_piece(edit: Editor, node: fx.Node, projection: fx.Node, f: ChannelMap) 
         mapped[name] = edit.call(aten.cat.default, [p for p, n in zip(parts, (start, 1, total - stop), strict=True) if n])
     with edit.at(projection):
         edit.replace(projection, edit.rebuild(projection, **mapped))
+
+
+def _map_heads(edit: Editor, projection: fx.Node, width: int, f: ChannelMap) -> None:
+    """Each head's rows of the weight are mapped alike."""
+
+    def by_head(weight: Value, axis: int) -> Value:
+        rows, *rest = weight.shape
+        return f(weight.reshape(int(rows) // width, width, *rest), 1).reshape(rows, *rest)
+
+    with edit.at(projection):
+        edit.replace(projection, edit.rebuild(projection, **_mapped_weights(edit, projection, by_head)))
 
 
 __all__ = ["ChannelMap", "centre", "map_writer"]

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from normfuse.node import arguments, aten, is_weight, rank, shape, value
 from normfuse.program import Program
-from normfuse.rewrite.record import Log
+from normfuse.rewrite.record import FiringKey, Log
 
 
 class Value:
@@ -101,13 +101,15 @@ class Editor:
         self.changed = False
         self._anchor: fx.Node | None = None
         self._made: dict[Any, fx.Node] = {}
-        self._permits = 0
+        self._firing: FiringKey | None = None
 
     # -- what may be done, and what was done
 
     def permit(self, anchor: fx.Node) -> bool:
         """May this site be rewritten? Not if verification has found this very rewrite to be wrong."""
-        return self.log.permit(self.pass_name, anchor)
+        permitted = self.log.permit(self.pass_name, anchor)
+        self._firing = self.log.permits[-1] if permitted else None
+        return permitted
 
     def fired(self, node: fx.Node, *, before: str, after: str, group: fx.Node | None = None) -> None:
         """Record one rewrite; `group` is the anchor that `permit` was asked about, if it is another node."""
@@ -157,17 +159,17 @@ class Editor:
     def mark_weight(self, node: fx.Node) -> None:
         """`bake` shall evaluate this parameter-only node, although no pass made it."""
         node.meta["bake"] = True
+        node.meta["firing"] = self._firing
 
     def _create(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         graph, anchor = self.program.graph, self._anchor
         inputs: list[fx.Node] = []
         fx.map_arg((args, kwargs), inputs.append)
-        fixed = bool(inputs) and all(is_weight(n) for n in inputs)
-        latest = max(inputs, default=None)  # nodes compare by their place in the graph
-        if latest is not None and (fixed or anchor is None or not latest < anchor):
+        fixed = all(is_weight(n) for n in inputs)  # a literal (ones, eye) is as fixed as a weight
+        latest = max(inputs, default=next(iter(graph.nodes)))  # nodes compare by their place in the graph
+        if fixed or anchor is None or not latest < anchor:
             scope = graph.inserting_after(_behind_inputs(latest))
         else:
-            assert anchor is not None, "an editor without an anchor cannot place a node without inputs"
             scope = graph.inserting_before(anchor)
         with scope:
             node = graph.call_function(target, args, kwargs)
@@ -182,6 +184,7 @@ class Editor:
         meta["val"] = self.infer(node)
         meta["made_by"] = self.pass_name
         meta["constant"] = fixed
+        meta["firing"] = self._firing
         if source is not None:
             meta["anchor"] = anchor_name(source)
         return meta

@@ -11,6 +11,7 @@ from torch import Tensor
 from normfuse.program import Leaf, Signature
 
 Leaves = list[Any]
+_IMAGE_RANK = 4
 
 
 def draws(signature: Signature, example: Leaves, trials: int, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
@@ -30,10 +31,9 @@ def _redraw(leaf: Leaf, given: Any, generator: torch.Generator) -> Any:
     """Values like the example's: floats of its mean and spread, integers of its range; masks and constants stay."""
     if not isinstance(given, Tensor) or given.numel() < 2:
         return given
-    low, high = given.detach().amin() if not given.is_complex() else None, None
     if given.dtype == torch.bool or given.is_complex():
         return given
-    high = given.detach().amax()
+    low, high = given.detach().amin(), given.detach().amax()
     if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)) or bool(low == high):
         return given
     if given.is_floating_point():
@@ -47,20 +47,20 @@ def _redraw(leaf: Leaf, given: Any, generator: torch.Generator) -> Any:
 
 
 def _resized(signature: Signature, leaves: Leaves) -> Leaves | None:
-    """Every free size changed: a batch one larger, any other size one smaller (which no position table forbids)."""
-    symbols = {s for leaf in signature.leaves for s in leaf.sizes if isinstance(s, str)}
-    if not symbols:
+    """Other sizes wherever they are free: a batch of one (or two), any other size one smaller (no table forbids that)."""
+    free = {size for leaf in signature.leaves for size in leaf.sizes if isinstance(size, str)}
+    if not free:
         return None
     batch = {leaf.sizes[0] for leaf in signature.leaves if leaf.is_tensor and leaf.sizes}
     out: Leaves = []
     for leaf, given in zip(signature.leaves, leaves, strict=True):
         tensor = given
         for axis, size in enumerate(leaf.sizes):
-            if not isinstance(size, str):
+            if size not in free:
                 continue
-            if axis == 0 and size in batch:
-                tensor = torch.cat([tensor, tensor[:1]])
-            elif len(leaf.sizes) > 1 and tensor.shape[axis] > 2 and len(leaf.sizes) < 4:
+            if size in batch:
+                tensor = tensor.narrow(axis, 0, 1) if tensor.shape[axis] > 1 else torch.cat([tensor, tensor], axis)
+            elif tensor.shape[axis] > 2 and len(leaf.sizes) < _IMAGE_RANK:
                 tensor = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
         out.append(tensor.contiguous() if isinstance(tensor, Tensor) else tensor)
     return out

@@ -1,0 +1,68 @@
+"""Operators that do one thing to each channel: multiply it by a number of the model, and add a number to it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from normfuse.node import argument, arguments, aten, is_op, rank, same_size, shape, value
+
+_COPIES = (aten.contiguous, aten.clone)
+
+
+def channelwise_operand(node: fx.Node, weights: frozenset[fx.Node]) -> fx.Node | None:
+    """The operand that `node` scales and shifts by numbers of the model, one per channel or one for all; else None."""
+    if is_op(node, aten.batch_norm):
+        frozen = not argument(node, "training") and all(
+            p in weights for n in ("running_mean", "running_var", "weight", "bias")
+            if (p := argument(node, n)) is not None
+        )  # fmt: skip
+        return argument(node, "input") if frozen and argument(node, "running_mean") is not None else None
+    if is_op(node, aten.neg, *_COPIES):
+        return node.args[0]  # type: ignore[return-value]
+    if is_op(node, aten.to, aten._to_copy):
+        source = node.args[0]
+        floating = isinstance(value(source), Tensor) and value(source).is_floating_point()
+        return source if floating else None  # type: ignore[return-value]
+    if not is_op(node, aten.add, aten.sub, aten.rsub, aten.mul, aten.div):
+        return None
+    given = arguments(node)
+    left, right = given["self"], given["other"]
+    if given.get("rounding_mode") is not None:
+        return None
+    pairs = [(left, right)] if is_op(node, aten.div) else [(left, right), (right, left)]
+    for x, constant in pairs:
+        if isinstance(x, fx.Node) and x not in weights and as_large(x, node) and _per_channel(constant, node, weights):
+            return x
+    return None
+
+
+def constant_operand(node: fx.Node, source: fx.Node) -> Any:
+    """What stands on the other side of a channelwise sum, product or quotient."""
+    given = arguments(node)
+    return given["other"] if given["self"] is source else given["self"]
+
+
+def acts_on(node: fx.Node, source: fx.Node, weights: frozenset[fx.Node]) -> tuple[int | None, bool]:
+    """The channel axis (None: every axis alike), and whether something is added."""
+    if is_op(node, aten.batch_norm):
+        return 1, True
+    if is_op(node, aten.neg, aten.to, aten._to_copy, *_COPIES):
+        return None, False
+    constant = constant_operand(node, source)
+    long = [i for i, s in enumerate(shape(constant)) if s != 1] if isinstance(constant, fx.Node) else []
+    axis = long[0] + rank(node) - rank(constant) if long else None
+    return axis, is_op(node, aten.add, aten.sub, aten.rsub)
+
+
+def _per_channel(constant: Any, node: fx.Node, weights: frozenset[fx.Node]) -> bool:
+    if not isinstance(constant, fx.Node):
+        return isinstance(constant, int | float) and not isinstance(constant, bool)
+    if constant not in weights or not isinstance(value(constant), Tensor) or rank(constant) > rank(node):
+        return False
+    return sum(s != 1 for s in shape(constant)) <= 1
+
+
+def as_large(x: fx.Node, node: fx.Node) -> bool:
+    return rank(x) == rank(node) and all(same_size(a, b) for a, b in zip(shape(x), shape(node), strict=True))

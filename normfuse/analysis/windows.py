@@ -1,0 +1,94 @@
+"""How a convolution moves along its spatial axes, and the one frame into which several convolutions fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from normfuse.node import same_size
+
+
+@dataclass(frozen=True)
+class Window:
+    """The taps of one spatial axis: how many, how far apart, the step of the output, zeros below and above the input."""
+
+    size: int = 1
+    stride: int = 1
+    dilation: int = 1
+    low: int = 0
+    high: int = 0
+
+    @property
+    def extent(self) -> int:
+        return (self.size - 1) * self.dilation + 1
+
+    @property
+    def pointwise(self) -> bool:
+        return self.size == 1 and self.stride == 1
+
+    @property
+    def padded(self) -> bool:
+        return self.low != 0 or self.high != 0
+
+    @property
+    def surplus(self) -> int:
+        """(input size + surplus) // stride + 1 is the output size."""
+        return self.low + self.high - self.extent
+
+    def padded_by(self, other: Window) -> Window:
+        return replace(self, low=self.low + other.low, high=self.high + other.high)
+
+
+Windows = tuple[Window, ...]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a kernel is put into a common window: taps spread by `dilation`, then so many zeros before and behind."""
+
+    dilation: int
+    before: int
+    behind: int
+
+
+def common(windows: Sequence[Window], given: Any, wanted: Any) -> Window | str:
+    """The window in which all of these fit (input size `given`, output size `wanted`), or why there is none."""
+    strides = {w.stride for w in windows}
+    if len(strides) != 1:
+        return "the branches have different strides"
+    stride, low = strides.pop(), max(w.low for w in windows)
+    dilations = {w.dilation for w in windows if w.size > 1}
+    dilation = dilations.pop() if len(dilations) == 1 else 1
+    if any((low - w.low) % dilation for w in windows):
+        dilation = 1
+    extent = max(w.extent + low - w.low for w in windows)
+    surplus = max(w.surplus for w in windows)
+    static = isinstance(given, int) and isinstance(wanted, int)
+    if any(w.surplus != surplus for w in windows) and not (static or same_size(given, wanted) and stride == 1):
+        return "the branches agree in size for some input sizes only"
+    high = surplus + extent - low
+    if high != low and static and (given + 2 * low - extent) // stride + 1 == wanted and given + 2 * low >= extent:
+        high = low
+    return Window((extent - 1) // dilation + 1, stride, dilation, low, high)
+
+
+def placement(window: Window, frame: Window) -> Placement:
+    """Where the taps of `window` lie in `frame`."""
+    spread = window.dilation // frame.dilation if window.size > 1 else 1
+    before = (frame.low - window.low) // frame.dilation
+    return Placement(spread, before, frame.size - before - ((window.size - 1) * spread + 1))
+
+
+def count(sizes: Sequence[Any]) -> int | None:
+    """The product of sizes, free ones at the value that the example had; None where that is not known."""
+    total = 1
+    for size in sizes:
+        hint = size if isinstance(size, int) else getattr(size.node, "hint", None)
+        if hint is None:
+            return None
+        total *= int(hint)
+    return total
+
+
+__all__ = ["Placement", "Window", "Windows", "common", "count", "placement"]

@@ -1,0 +1,5 @@
+"""Lowering to ONNX. The packages onnx, onnxscript and onnxruntime are imported here alone, and only when called."""
+
+from normfuse.lower.onnx.write import TARGETS, OnnxReport, write_onnx
+
+__all__ = ["TARGETS", "OnnxReport", "write_onnx"]

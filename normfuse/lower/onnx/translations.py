@@ -1,0 +1,86 @@
+"""From operators of the ONNX form to ONNX nodes, for torch's exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from normfuse.lower.onnx import operators
+
+Table = dict[Any, Callable[..., Any]]
+DOMAIN = "normfuse"
+
+
+def translations(opset: int) -> Table:
+    """The `custom_translation_table` of `torch.onnx.export` for our operators at this opset."""
+    from onnxscript import values
+
+    op: Any = values.Opset("", opset)
+    function = _operator(DOMAIN, "RMSNorm", inputs=2, axes="INTS", epsilon="FLOAT") if opset < 23 else None
+
+    def layer_norm(x: Any, weight: Any, bias: Any, axis: int, eps: float) -> Any:
+        return op.LayerNormalization(x, weight, bias, axis=axis, epsilon=eps)[0]
+
+    def rms_norm(x: Any, weight: Any, axis: int, eps: float) -> Any:
+        if function is not None:
+            return function(x, weight, axes=list(range(axis, 0)), epsilon=eps)
+        return op.RMSNormalization(x, weight, axis=axis, epsilon=eps)
+
+    return {operators.LAYER_NORM.default: layer_norm, operators.RMS_NORM.default: rms_norm}
+
+
+def _operator(domain: str, name: str, *, inputs: int, optional: int = 0, **attributes: str) -> Any:
+    """An operator that onnx itself has no schema of: the first `inputs` are required, `optional` more may be left out."""
+    from onnx.defs import OpSchema
+    from onnxscript import values
+
+    kinds = ["T"] * inputs + ["S"] * optional
+    parameters = [
+        OpSchema.FormalParameter(
+            f"x{i}", kind, param_option=OpSchema.FormalParameterOption.Single if i < inputs else OpSchema.FormalParameterOption.Optional
+        )
+        for i, kind in enumerate(kinds)
+    ]
+    anything = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double", "int32", "int64", "bool")]
+    schema = OpSchema(
+        name,
+        domain,
+        1,
+        inputs=parameters,
+        outputs=[OpSchema.FormalParameter("y", "T")],
+        type_constraints=[("T", anything, ""), *([("S", anything, "")] if optional else [])],
+        attributes=[
+            OpSchema.Attribute(key, getattr(OpSchema.AttrType, kind), required=False) for key, kind in attributes.items()
+        ],
+    )
+    return values.Op(values.Opset(domain, 1), name, schema)
+
+
+_BODIES = {
+    "RMSNorm": """
+        <opset_import: ["" : {opset}], domain: "normfuse">
+        RMSNorm <axes, epsilon> (x, weight) => (y) {{
+            wide = Cast <to = 1> (x)
+            axis = Constant <value_ints: ints = @axes> ()
+            squares = Mul (wide, wide)
+            mean = ReduceMean (squares, axis)
+            small = Constant <value_float: float = @epsilon> ()
+            sum = Add (mean, small)
+            root = Sqrt (sum)
+            unit = Div (wide, root)
+            narrow = CastLike (unit, x)
+            y = Mul (narrow, weight)
+        }}
+    """
+}
+
+
+def add_functions(model: Any, opset: int) -> None:
+    """Bodies of standard operators for the operators of our own domain that the model calls."""
+    import onnx.parser
+    import onnx_ir as ir
+
+    for name in {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}:
+        function = ir.serde.deserialize_function(onnx.parser.parse_function(_BODIES[name].format(opset=opset)))
+        model.functions[function.identifier()] = function
+        model.opset_imports[DOMAIN] = 1

@@ -1,0 +1,342 @@
+"""Writing a program as an ONNX file: export, names, metadata, checks; beside its place first, then renamed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from normfuse.errors import LoweringError
+from normfuse.lower.exported import to_exported
+from normfuse.lower.onnx.form import Choice, onnx_form
+from normfuse.lower.onnx.translations import add_functions, translations
+from normfuse.program import Program
+
+TARGETS = ("onnxruntime", "onnx")
+OPSET = 23
+"""From here on RMSNormalization and Attention are standard operators."""
+OPSETS = range(18, 24)
+EMBEDDED = 1_500_000_000
+"""Bytes of weights above which they go into a file of their own: protobuf ends at 2 GB."""
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What was written: where, for which target, which operators how often, and how it is called."""
+
+    path: Path
+    target: str
+    opset: int
+    operators: Mapping[str, int]
+    inputs: Mapping[str, tuple[int | str, ...]]
+    outputs: Mapping[str, tuple[int | str, ...]]
+    bytes: int
+    external_data: Path | None = None
+    decisions: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    def count(self, operator: str) -> int:
+        """How many nodes of this operator type, whatever its domain."""
+        return sum(n for name, n in self.operators.items() if name.rpartition("::")[2] == operator)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "path": str(self.path),
+            "target": self.target,
+            "opset": self.opset,
+            "operators": dict(self.operators),
+            "inputs": {k: list(v) for k, v in self.inputs.items()},
+            "outputs": {k: list(v) for k, v in self.outputs.items()},
+            "bytes": self.bytes,
+            "external_data": str(self.external_data) if self.external_data else None,
+            "decisions": list(self.decisions),
+            "seconds": dict(self.seconds),
+        }
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.table import Table
+
+        table = Table(title=f"{self.path}  (opset {self.opset}, {self.target})", title_justify="left", show_header=False)
+        for label, values in (("input", self.inputs), ("output", self.outputs)):
+            for name, shape in values.items():
+                table.add_row(label, escape(f"{name}: [{', '.join(str(s) for s in shape)}]"))
+        often = sorted(self.operators.items(), key=lambda item: -item[1])
+        table.add_row("operators", ", ".join(f"{name} {count}" for name, count in often))
+        for decision in self.decisions:
+            table.add_row("choice", decision)
+        table.add_row("size", f"{self.bytes / 1e6:.1f} MB" + (f", weights in {self.external_data.name}" if self.external_data else ""))
+        table.add_row("seconds", ", ".join(f"{name} {took:.2f}" for name, took in self.seconds.items()))
+        text = io.StringIO()
+        Console(file=text, width=120).print(table)
+        return text.getvalue().rstrip()
+
+
+def write_onnx(
+    program: Program,
+    path: str | Path,
+    *,
+    target: str = "onnxruntime",
+    opset: int | None = None,
+    report: Any = None,
+    check: bool = True,
+) -> OnnxReport:
+    """Write the program as an ONNX file and check it; weights above 1.5 GB go into `<path>.data` beside it.
+
+    `target="onnx"` uses standard operators alone; `"onnxruntime"` also those of its own that it runs faster. `report`
+    goes into the file's metadata. Raises `LoweringError` for an unknown target or opset, a missing onnx package, an
+    operator that ONNX lacks, and a place that cannot be written; then what was there before is as it was.
+    """
+    place = Path(path)
+    choice = Choice(target, check_request(target, opset))
+    model, seconds = build(program, choice, report)
+    started = time.perf_counter()
+    external = save(model, place, check=check)
+    seconds["write"] = time.perf_counter() - started
+    return _report(model, place, choice, external, seconds)
+
+
+def check_request(target: str, opset: int | None) -> int:
+    """The opset to write. Raises `LoweringError` for what cannot be asked for, before anything is done."""
+    if target not in TARGETS:
+        raise LoweringError(f"unknown ONNX target {target!r}: choose one of {', '.join(TARGETS)}")
+    if opset is not None and opset not in OPSETS:
+        raise LoweringError(f"cannot write opset {opset}: choose one from {OPSETS[0]} to {OPSETS[-1]}")
+    try:
+        import onnx  # noqa: F401  # pyright: ignore[reportUnusedImport]
+        import onnxscript  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise LoweringError(f"writing ONNX needs the package {error.name}: pip install 'normfuse[onnx]'") from None
+    return opset or OPSET
+
+
+def build(program: Program, choice: Choice, report: Any = None) -> tuple[Any, dict[str, float]]:
+    """The program as an onnx_ir model, with names and metadata, and the seconds it took."""
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    form = onnx_form(program, choice)
+    seconds["form"] = time.perf_counter() - started
+    started = time.perf_counter()
+    model = _translate(form, choice)
+    add_functions(model, choice.opset)
+    _name(model, form)
+    _describe(model, choice, report)
+    seconds["export"] = time.perf_counter() - started
+    return model, seconds
+
+
+def _translate(form: Program, choice: Choice) -> Any:
+    exported = to_exported(form)
+    try:
+        with _quiet(), torch.no_grad():
+            written: Any = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=choice.opset,
+                custom_translation_table=translations(choice.opset),
+                verbose=False,
+            )
+    except Exception as error:
+        raise LoweringError(f"the model cannot be written as ONNX: {_reason(error)}") from error
+    return written.model
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause, in one line: the exporter wraps it in its own stories."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells of its progress and of packages that are not installed; neither concerns the user."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter", "onnxscript", "onnx_ir")]
+    loggers.append(logging.getLogger("torch.onnx._internal.exporter._registration"))
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+# -- names and metadata
+
+
+def _name(model: Any, form: Program) -> None:
+    """Inputs and outputs as the model's caller knows them; free sizes as batch, sequence, height, width."""
+    sizes = axis_names(form)
+    from torch.onnx import ONNXProgram
+
+    ONNXProgram(model, None).rename_axes({k: v for k, v in sizes.items() if k != v})  # type: ignore[arg-type]
+    taken = {value.name for value in model.graph.inputs}
+    for value, name in zip(model.graph.outputs, output_names(form), strict=True):
+        if name not in taken:
+            taken.add(name)
+            value.name = name
+
+
+def output_names(program: Program) -> list[str]:
+    """One name per tensor of the output: the key in the model's own output structure, or its place."""
+    spec = program.signature.out_spec
+    items = list(program.output.args[0])  # type: ignore[arg-type]
+    try:
+        paths = pytree.tree_flatten_with_path(pytree.tree_unflatten(items, spec))[0]
+        names = [_key_name(path) for path, _ in paths]
+    except Exception:  # a class whose registration tells no keys
+        names = [""] * len(items)
+    return [name or f"output_{place}" for place, (name, item) in enumerate(zip(names, items, strict=True)) if isinstance(item, fx.Node)]
+
+
+def _key_name(path: tuple[Any, ...]) -> str:
+    parts = [str(next(v for v in (getattr(k, a, None) for a in ("key", "name", "idx")) if v is not None)) for k in path]
+    return "_".join(parts) if any(not part.isdigit() for part in parts) else ("output_" + "_".join(parts) if parts else "output")
+
+
+def axis_names(program: Program) -> dict[str, str]:
+    """A readable name for each free size of the inputs."""
+    names: dict[str, str] = {}
+    for leaf in program.signature.leaves:
+        for axis, size in enumerate(leaf.sizes):
+            if isinstance(size, str) and size not in names:
+                name = _axis_name(axis, len(leaf.sizes))
+                names[size] = name if name not in names.values() else f"{leaf.name}_{name}"
+    return names
+
+
+def _axis_name(axis: int, rank: int) -> str:
+    if axis == 0:
+        return "batch"
+    if rank <= 3 and axis == 1:
+        return "sequence"
+    return {2: "height", 3: "width"}.get(axis, f"axis{axis}") if rank == 4 else f"axis{axis}"
+
+
+def _describe(model: Any, choice: Choice, report: Any) -> None:
+    """Who wrote the file and what was done; the exporter's own notes hold paths of this machine and go."""
+    from normfuse import __version__
+
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        graph.metadata_props.clear()
+        for node in graph.all_nodes():
+            kept = {k: v for k, v in node.metadata_props.items() if k == "namespace"}
+            node.metadata_props.clear()
+            node.metadata_props.update(kept)
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *getattr(graph, "initializers", {}).values()):
+            value.metadata_props.clear()
+    model.producer_name, model.producer_version = "normfuse", __version__
+    model.metadata_props["normfuse.version"] = __version__
+    model.metadata_props["normfuse.target"] = choice.target
+    if choice.decisions:
+        model.metadata_props["normfuse.decisions"] = json.dumps(choice.decisions)
+    if report is not None:
+        model.metadata_props["normfuse.report"] = json.dumps(_summary(report), default=str)
+
+
+def _summary(report: Any) -> dict[str, Any]:
+    told = report.to_dict()
+    return {k: told[k] for k in ("model", "fired", "raised", "verification", "notes") if k in told}
+
+
+# -- files
+
+
+def save(model: Any, place: Path, *, check: bool) -> Path | None:
+    """Write model and weights into a folder beside the place, check them there, then move both; the weights' file if any."""
+    import onnx_ir as ir
+
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
+            raise IsADirectoryError(f"{place} is a folder")
+        workshop = Path(tempfile.mkdtemp(prefix=f".{place.stem}-", dir=place.parent))
+    except OSError as problem:
+        raise LoweringError(f"cannot write {place}: {problem.strerror or problem}") from None
+    try:
+        beside = workshop / place.name
+        data = f"{place.name}.data" if _weight_bytes(model) > EMBEDDED else None
+        ir.save(model, beside, external_data=data)
+        if check:
+            _check(beside)
+        return _move_in(workshop, place, data)
+    except OSError as problem:
+        raise LoweringError(f"cannot write {place}: {problem.strerror or problem}") from None
+    finally:
+        shutil.rmtree(workshop, ignore_errors=True)
+
+
+def _weight_bytes(model: Any) -> int:
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+
+
+def _check(path: Path) -> None:
+    import onnx
+
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:
+        raise LoweringError(f"the ONNX checker refuses what was written: {_reason(error)}") from error
+
+
+def _move_in(workshop: Path, place: Path, data: str | None) -> Path | None:
+    """The weights first: a model is never without them. If the model cannot follow, the old weights come back."""
+    if data is None:
+        (workshop / place.name).replace(place)
+        return None
+    target, old = place.parent / data, workshop / "old.data"
+    if target.exists():
+        target.replace(old)
+    try:
+        (workshop / data).replace(target)
+        (workshop / place.name).replace(place)
+    except OSError:
+        target.unlink(missing_ok=True)
+        if old.exists():
+            old.replace(target)
+        raise
+    return target
+
+
+def _report(
+    model: Any, place: Path, choice: Choice, external: Path | None, seconds: dict[str, float]
+) -> OnnxReport:
+    counted = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.all_nodes())
+    size = place.stat().st_size + (external.stat().st_size if external else 0)
+    return OnnxReport(
+        path=place,
+        target=choice.target,
+        opset=choice.opset,
+        operators=dict(counted),
+        inputs={v.name: _shape(v) for v in model.graph.inputs},
+        outputs={v.name: _shape(v) for v in model.graph.outputs},
+        bytes=size,
+        external_data=external,
+        decisions=tuple(choice.decisions),
+        seconds=seconds,
+    )
+
+
+def _shape(value: Any) -> tuple[int | str, ...]:
+    return tuple(s if isinstance(s, int) else str(s.value) for s in value.shape or ())
