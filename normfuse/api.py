@@ -18,6 +18,7 @@ from normfuse.capture import CAUTIONS, capture
 from normfuse.errors import CaptureError, VerificationError
 from normfuse.evaluate import run_float64
 from normfuse.inventory import Inventory, take_inventory
+from normfuse.lower.torch import fastest, graph_module
 from normfuse.optimized import Optimized, check_backend
 from normfuse.pipeline import Pipeline, Result, Trials, detached, make_trials, original_run, select
 from normfuse.program import Program
@@ -71,6 +72,23 @@ def optimize(
     return optimized
 
 
+def optimize_flat(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    *,
+    dynamic_shapes: Any = "auto",
+    passes: Sequence[str] | None = None,
+    disable: Sequence[str] = (),
+    verify: bool = True,
+) -> torch.fx.GraphModule:
+    """`optimize` for compilers: a graph of flat tensors in and out, lowered for the device its weights are on."""
+    rules = select(pass_table(), passes, disable)
+    captured, trials, seconds = _capture_and_try(model, args, {}, dynamic_shapes, 1 if verify else 0)
+    baked = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials).baked
+    device = next((t.device for t in baked.tensors.values()), torch.device("cpu"))
+    return graph_module(fastest(baked, device))
+
+
 def _capture_and_try(
     model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, trials: int
 ) -> tuple[Program, Trials | None, dict[str, float]]:
@@ -93,6 +111,43 @@ def _capture_and_try(
             seconds["verify"] += time.perf_counter() - middle
         return captured, tried, seconds
     raise AssertionError("the last capture either succeeds or raises")
+
+
+def optimize_(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    passes: Sequence[str] | None = None,
+    disable: Sequence[str] = (),
+    verify: bool = True,
+) -> Report:
+    """Rewrite the user's own modules: new parameter values, LayerNorms replaced by RMSNorms, folded norms removed.
+
+    The Python code, `generate()`, caches and device placement of the model stay as they are. What a rewrite changes in
+    the graph and no module can hold is refused, with the reason. `report.weights` names each new parameter as the model
+    does now. Capture the model as it is used: what the example call does not reach is not looked at.
+
+    Raises `CaptureError`, `PassError`; `VerificationError` if the changed model does not compute the same: it is then
+    bit for bit what it was.
+    """
+    from normfuse.inplace import optimize_modules
+
+    if isinstance(model, ExportedProgram) or not isinstance(model, nn.Module):
+        raise CaptureError(f"optimize_ changes modules, and a {type(model).__name__} is none: use optimize")
+    started = time.perf_counter()
+    rules = select(pass_table(), passes, disable)
+    captured, trials, seconds = _capture_and_try(model, args, kwargs, "auto", TRIALS if verify else 0)
+    pipeline = Pipeline(captured, rules, named=passes is not None, seconds=seconds)
+    again = (capture(model, args, kwargs, caution=caution) for caution in range(CAUTIONS))
+    done = optimize_modules(model, pipeline, trials, original_run(model, captured), again)
+    report = _report(_name(model), done.result, "torch", captured.notes)
+    report.rewrites = [r for r in report.rewrites if r.pass_name not in done.unwritten]
+    report.fired = {name: count for name, count in report.fired.items() if name not in done.unwritten}
+    report.refusals = [*report.refusals, *done.refusals]
+    report.weights, report.verification = done.weights, done.verification
+    report.seconds = done.result.seconds | {"total": time.perf_counter() - started}
+    return report
 
 
 def _report(name: str, result: Result, backend: str, notes: tuple[str, ...]) -> Report:

@@ -1,0 +1,154 @@
+"""`torch.compile(model, backend="normfuse")`: registered by entry point, so that normfuse need not be imported.
+
+Dynamo's graph goes the same way as any model: canonical form, passes, bake, verification. Below stands inductor, or plain
+torch with `options={"below": "torch"}`. It is for inference: under gradients the graph goes to what stands below
+unchanged, since baked weights have no gradient to give.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import compile_context, tracing
+from torch._subclasses import FakeTensor
+
+from normfuse.errors import NormfuseError, PassError
+
+Compiled = Callable[..., Any]
+_OPTIONS = ("below", "passes", "disable", "verify")
+
+
+def normfuse_backend(
+    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+) -> Compiled:
+    """Compile one Dynamo graph.
+
+    `options`: `below` ("inductor" or "torch"), `passes`, `disable` and `verify` as in `optimize`. A graph that cannot be
+    captured goes to what stands below unchanged, with a warning that says why. Raises `PassError` for unknown options.
+    """
+    given = dict(options or {})
+    if unknown := [name for name in given if name not in _OPTIONS]:
+        raise PassError(f"unknown option {unknown[0]!r}: the options are {', '.join(_OPTIONS)}")
+    below = _below(str(given.pop("below", "inductor")))
+    inputs = list(example_inputs)
+    weights = [i for i, x in enumerate(inputs) if _is_weight(x)]
+    if any(isinstance(x, FakeTensor) for x in inputs) or not (weights or list(module.parameters())):
+        return below(module, inputs)
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        _warn("gradients are on: the model is compiled as it is; call it under torch.no_grad() to have it optimized")
+        return below(module, inputs)
+    return _Specialised(module, inputs, weights, below, given)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(f"normfuse: {text}", stacklevel=3)
+
+
+def _below(name: str) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
+    if name == "torch":
+        return lambda module, _: module.forward
+    if name != "inductor":
+        raise PassError(f'unknown option below={name!r}: choose "inductor" or "torch"')
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx
+
+
+def _is_weight(item: Any) -> bool:
+    """Dynamo passes parameters and buffers of modules as inputs whose address it has marked as static."""
+    from torch._dynamo.utils import get_static_address_type
+
+    return isinstance(item, nn.Parameter) or (isinstance(item, Tensor) and get_static_address_type(item) is not None)
+
+
+class _Closed(nn.Module):
+    """The Dynamo graph as a model of its tensor inputs alone: weights are closed over, free sizes read off the tensors."""
+
+    def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> None:
+        super().__init__()
+        self.module = module
+        self.weights = set(weights)
+        self.total = len(inputs)
+        self.sizes = _where_sizes_come_from(module, inputs)
+        for i in weights:
+            if isinstance(inputs[i], nn.Parameter):
+                self.register_parameter(f"weight_{i}", inputs[i])
+            else:
+                self.register_buffer(f"weight_{i}", inputs[i])
+
+    def tensors(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """Of all of Dynamo's inputs those that this model takes."""
+        return tuple(x for i, x in enumerate(inputs) if i not in self.weights and i not in self.sizes)
+
+    def forward(self, *given: Any) -> Any:
+        rest = iter(given)
+        values: list[Any] = [None] * self.total
+        for i in range(self.total):
+            if i in self.weights:
+                values[i] = getattr(self, f"weight_{i}")
+            elif i not in self.sizes:
+                values[i] = next(rest)
+        for i, (tensor, axis) in self.sizes.items():
+            values[i] = values[tensor].shape[axis]
+        return self.module(*values)
+
+
+def _where_sizes_come_from(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, tuple[int, int]]:
+    """For each input that is a free size: which tensor input has it, along which axis."""
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    found: dict[int, tuple[int, int]] = {}
+    for i, given in enumerate(inputs):
+        if not isinstance(given, torch.SymInt):
+            continue
+        for j, node in enumerate(nodes):
+            known = node.meta.get("example_value")
+            for axis, size in enumerate(known.shape if isinstance(known, Tensor) else ()):
+                if isinstance(size, torch.SymInt) and size.node.expr == given.node.expr:
+                    found.setdefault(i, (j, axis))
+        if i not in found:
+            raise NormfuseError("a free size of the graph belongs to none of its inputs")
+    return found
+
+
+class _Specialised:
+    """A compiled graph for the weights as they are now; when one of them changes, everything is baked anew."""
+
+    def __init__(
+        self, module: fx.GraphModule, inputs: list[Any], weights: list[int], below: Any, options: dict[str, Any]
+    ) -> None:
+        self.module, self.weights, self.below, self.options = module, weights, below, options
+        self.state = self._versions(inputs)
+        self.run = self._compile(inputs)
+
+    def _versions(self, inputs: Sequence[Any]) -> tuple[tuple[int, int], ...]:
+        return tuple((id(inputs[i]), 0 if inputs[i].is_inference() else inputs[i]._version) for i in self.weights)
+
+    def _compile(self, inputs: list[Any]) -> Compiled:
+        from normfuse.api import optimize_flat
+
+        try:
+            closed = _Closed(self.module, inputs, self.weights).eval()
+            tensors = closed.tensors(inputs)
+            # Dynamo is in the middle of a compilation: what our own capture learns is no guard of that one.
+            with tracing(None), compile_context(None):
+                optimized = optimize_flat(closed, tensors, dynamic_shapes="auto" if closed.sizes else None, **self.options)
+        except PassError:
+            raise
+        except NormfuseError as error:
+            _warn(f"left to what stands below: {error}")
+            return self.below(self.module, inputs)  # type: ignore[no-any-return]
+        compiled = self.below(optimized, list(tensors))
+        return lambda *given: compiled(*closed.tensors(given))
+
+    def __call__(self, *given: Any) -> Any:
+        if self._versions(given) != self.state:
+            self.state = self._versions(given)
+            self.run = self._compile(list(given))
+        return self.run(*given)
+
+
+__all__ = ["normfuse_backend"]
