@@ -4,9 +4,9 @@ Exactness: algebraic.
 Legal if:  every summand is an affine map of one tensor that moves as a convolution does: convolutions of any kernel,
            dilation and groups, the tensor itself, average pools that count their padding, each under frozen BatchNorms,
            scales and shifts; strides agree, and the border sees the same zeros in each.
-Leaves alone: summands of different tensors (a nonlinearity between the branches); a 1x1 whose shifted result is padded by
-           zeros before the next convolution; sums whose one kernel would cost more than the branches do (worth).
-Reference: METHODS 1.10; Ding et al. 2021 (arXiv 2101.03697), section 3.3; Ding et al. 2021 (arXiv 2103.13425), section 3.2.
+Leaves alone: summands of different tensors (a nonlinearity between the branches); a 1x1 whose shifted result is padded
+           by zeros before the next convolution; sums whose one kernel would cost more than the branches do (worth).
+Reference: METHODS 1.10; RepVGG (arXiv 2101.03697), section 3.3; DBB (arXiv 2103.13425), section 3.2.
 """
 
 from __future__ import annotations
@@ -115,10 +115,11 @@ def _explain(node: fx.Node, affine: Affine, edit: Editor) -> None:
         return
     terms = [t.map for t in affine(node)]
     if len(terms) > 1 and any(m.windows for m in terms):
-        others = [m.source for m in terms if m.source is not terms[0].source]
-        if others:
-            names = f"{op_name(terms[0].source)} at {site(terms[0].source)} and {op_name(others[0])} at {site(others[0])}"
-            edit.refuse(node, f"its summands are maps of different tensors, {names}")
+        first = terms[0].source
+        other = next((m.source for m in terms if m.source is not first), None)
+        if other is not None:
+            names = f"{op_name(first)} at {site(first)} and {op_name(other)} at {site(other)}"
+            edit.refuse(node, f"its summands are maps of different tensors: {names}")
 
 
 RULE = Transform("merge_branches", exactness=Exactness.ALGEBRAIC, run=run)

@@ -202,7 +202,7 @@ class Affine:
 
     def _own(self, node: fx.Node) -> AffineMap | None:
         if is_op(node, aten.embedding) and argument(node, "weight") in self.weights:
-            size, width = shape(argument(node, "weight"))
+            size, width = (int(s) for s in shape(argument(node, "weight")))
             last = rank(node) - 1
             return AffineMap(
                 argument(node, "indices"), Own(node, None), node, last, (), 1, size, width, covers=frozenset((node,))
@@ -291,10 +291,8 @@ def compose(outer: AffineMap, inner: AffineMap, node: fx.Node | None) -> AffineM
     windows = _composed_windows(outer.windows, inner.windows, inner.shifted)
     if windows is None:
         return None
-    if outer.diagonal or inner.diagonal:
-        groups = inner.groups or outer.groups
-    else:
-        groups = math.gcd(outer.groups, inner.groups)
+    one_sided = outer.diagonal or inner.diagonal
+    groups = inner.groups or outer.groups if one_sided else math.gcd(outer.groups, inner.groups)
     return AffineMap(
         inner.source, Composed(outer, inner), node, inner.axis if outer.axis is None else outer.axis, windows, groups,
         inner.inputs or outer.inputs, outer.outputs or inner.outputs, outer.shifted or inner.shifted,
@@ -366,7 +364,8 @@ def _windows(node: fx.Node, kernel: Sequence[Any]) -> Windows | None:
         pads = [(p, p) for p in _per_axis(padding, n)]
     if not all(isinstance(x, int) for x in (*kernel, *strides, *dilations, *(p for pair in pads for p in pair))):
         return None
-    return tuple(Window(k, s, d, low, high) for k, s, d, (low, high) in zip(kernel, strides, dilations, pads, strict=True))
+    taps = zip(kernel, strides, dilations, pads, strict=True)
+    return tuple(Window(k, s, d, low, high) for k, s, d, (low, high) in taps)
 
 
 def projections_in(m: AffineMap, weights: frozenset[fx.Node]) -> list[fx.Node]:

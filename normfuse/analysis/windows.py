@@ -11,7 +11,7 @@ from normfuse.node import same_size
 
 @dataclass(frozen=True)
 class Window:
-    """The taps of one spatial axis: how many, how far apart, the step of the output, zeros below and above the input."""
+    """The taps of one spatial axis: how many, how far apart, the output's step, zeros below and above the input."""
 
     size: int = 1
     stride: int = 1
@@ -65,7 +65,7 @@ def common(windows: Sequence[Window], given: Any, wanted: Any) -> Window | str:
     extent = max(w.extent + low - w.low for w in windows)
     surplus = max(w.surplus for w in windows)
     static = isinstance(given, int) and isinstance(wanted, int)
-    if any(w.surplus != surplus for w in windows) and not (static or same_size(given, wanted) and stride == 1):
+    if any(w.surplus != surplus for w in windows) and not (static or (same_size(given, wanted) and stride == 1)):
         return "the branches agree in size for some input sizes only"
     high = surplus + extent - low
     if high != low and static and (given + 2 * low - extent) // stride + 1 == wanted and given + 2 * low >= extent:

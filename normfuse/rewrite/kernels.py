@@ -97,7 +97,7 @@ def scale_and_shift(edit: Editor, node: fx.Node, operand: fx.Node) -> tuple[Fact
     if is_op(node, aten.mul):
         return constant, None
     if is_op(node, aten.div):
-        return (constant**-1 if isinstance(constant, float) else edit.op("reciprocal", constant)), None
+        return (edit.op("reciprocal", constant) if isinstance(constant, Value) else 1 / constant), None
     alpha = float(argument(node, "alpha") or 1)
     if is_op(node, aten.add):
         return (1.0, _times(constant, alpha)) if first else (alpha, constant)
@@ -136,17 +136,17 @@ def _times(a: Factor | None, b: Factor) -> Factor | None:
         return a
     if _is_one(a):
         return b
-    return b * a if isinstance(a, float) else a * b
+    return a * b if isinstance(a, Value) else b * a
 
 
 def _plus(a: Factor | None, b: Factor | None) -> Factor | None:
     if a is None or b is None:
         return b if a is None else a
-    return b + a if isinstance(a, float) else a + b
+    return a + b if isinstance(a, Value) else b + a
 
 
 def _broadcast(factor: Factor, axis: int, ndim: int) -> Factor:
-    return factor if isinstance(factor, float) or not factor.ndim else factor.along(axis, ndim)
+    return factor if not isinstance(factor, Value) or not factor.ndim else factor.along(axis, ndim)
 
 
 def _scaled(kernel: Factor, scale: Factor) -> Factor:
@@ -188,7 +188,7 @@ def _composed(edit: Editor, outer: AffineMap, inner: AffineMap, m: AffineMap) ->
 
 def scale_inputs(kernel: Value, groups: int, scale: Factor) -> Value:
     """K diag(scale): each input channel of a kernel multiplied."""
-    if isinstance(scale, float) or not scale.ndim:
+    if not isinstance(scale, Value) or not scale.ndim:
         return kernel * scale
     if groups == 1:
         return kernel * scale.along(1, kernel.ndim)
@@ -200,7 +200,7 @@ def scale_inputs(kernel: Value, groups: int, scale: Factor) -> Value:
 def through(edit: Editor, kernel: Value, groups: int, shift: Factor, like: fx.Node) -> Value:
     """What a constant input, `shift` per channel, comes out as: K summed over its taps, times the shift."""
     outputs, inputs, *taps = kernel.shape
-    if isinstance(shift, float) or not shift.ndim:
+    if not isinstance(shift, Value) or not shift.ndim:
         return kernel.sum(list(range(1, kernel.ndim))) * shift
     if groups == 1:
         return (kernel * shift.along(1, kernel.ndim)).sum(list(range(1, kernel.ndim)))
@@ -208,9 +208,7 @@ def through(edit: Editor, kernel: Value, groups: int, shift: Factor, like: fx.No
     return (split * shift.reshape(groups, 1, inputs, 1)).sum([2, 3]).reshape(outputs)
 
 
-def _product(
-    edit: Editor, over: Value, outer: AffineMap, under: Value, inner: AffineMap, groups: int
-) -> Value:
+def _product(edit: Editor, over: Value, outer: AffineMap, under: Value, inner: AffineMap, groups: int) -> Value:
     """The kernel of one projection after another; one of the two is pointwise."""
     over = block_diagonal(edit, over, outer.groups, groups)
     under = block_diagonal(edit, under, inner.groups, groups)
@@ -271,7 +269,8 @@ def _dilated(edit: Editor, kernel: Value, axis: int, dilation: int) -> Value:
         return kernel
     sizes = list(kernel.shape)
     taps = sizes[axis]
-    spread = edit.call(aten.constant_pad_nd.default, kernel.unsqueeze(axis + 1), _pads(kernel.ndim + 1, axis + 1, 0, dilation - 1))
+    zeros = [0, 0] * (kernel.ndim - 1 - axis) + [0, dilation - 1]
+    spread = edit.call(aten.constant_pad_nd.default, kernel.unsqueeze(axis + 1), zeros)
     sizes[axis] = taps * dilation
     return edit.call(aten.slice.Tensor, spread.reshape(*sizes), axis, 0, (taps - 1) * dilation + 1)
 
@@ -279,10 +278,6 @@ def _dilated(edit: Editor, kernel: Value, axis: int, dilation: int) -> Value:
 def _surrounded(edit: Editor, kernel: Value, places: Sequence[Placement]) -> Value:
     around = [n for place in reversed(places) for n in (place.before, place.behind)]
     return edit.call(aten.constant_pad_nd.default, kernel, around) if any(around) else kernel
-
-
-def _pads(ndim: int, axis: int, before: int, behind: int) -> list[int]:
-    return [0, 0] * (ndim - 1 - axis) + [before, behind]
 
 
 __all__ = ["block_diagonal", "build", "emit", "frozen_norm", "scale_and_shift", "scale_inputs", "through"]
