@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from normfuse.errors import CaptureError, InputError, LoweringError, NormfuseError, PassError, VerificationError
 
 if TYPE_CHECKING:
-    from normfuse.api import explain, export_onnx, inspect, load, optimize, replay, verify
+    from normfuse.api import explain, export_onnx, inspect, load, optimize, optimize_, replay, verify
     from normfuse.inventory import Inventory, Pattern
     from normfuse.optimized import Optimized
     from normfuse.report import Report
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "explain": "api", "export_onnx": "api", "inspect": "api", "load": "api", "optimize": "api", "replay": "api",
-    "verify": "api", "Optimized": "optimized", "Report": "report", "Refusal": "rewrite.record",
-    "RewriteRecord": "rewrite.record", "Inventory": "inventory", "Pattern": "inventory", "Verification": "verification",
+    "explain": "api", "export_onnx": "api", "inspect": "api", "load": "api", "optimize": "api",
+    "optimize_": "api", "replay": "api", "verify": "api", "Optimized": "optimized", "Report": "report",
+    "Refusal": "rewrite.record", "RewriteRecord": "rewrite.record", "Inventory": "inventory", "Pattern": "inventory", "Verification": "verification",
 }  # fmt: skip
 
 __all__ = [
     "CaptureError", "InputError", "Inventory", "LoweringError", "NormfuseError", "Optimized", "PassError", "Pattern",
     "Refusal", "Report", "RewriteRecord", "Verification", "VerificationError", "explain", "export_onnx", "inspect", "load",
-    "optimize", "replay", "verify",
+    "optimize", "optimize_", "replay", "verify",
 ]  # fmt: skip
 
 

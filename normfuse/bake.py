@@ -49,7 +49,7 @@ def bake(program: Program, tick: Tick | None = None) -> tuple[Program, dict[str,
     taken = {name for origin in program.origins.values() for name in origin.names} | set(program.tensors)
     with torch.no_grad(), default_float64():
         for node in [n for n in frontier(baked) if _asked_for(n)]:
-            sources = _sources(node)
+            sources = sources_of(node)
             name = _mint(sources[0] if sources else node.name, taken)
             source = originals[node.name]
             tensor = _evaluate(weights, source)
@@ -74,6 +74,12 @@ def _asked_for(node: fx.Node) -> bool:
     return False
 
 
+def evaluate(program: Program, node: fx.Node) -> Tensor:
+    """The value of one weight program, in float64, rounded once."""
+    with torch.no_grad(), default_float64():
+        return _evaluate(Weights(program), node)
+
+
 def _evaluate(weights: Weights, node: fx.Node) -> Tensor:
     """Evaluate by blocks of rows and round each once; nothing of float64 outlives its block."""
     wanted = value(node).dtype
@@ -88,7 +94,7 @@ def _evaluate(weights: Weights, node: fx.Node) -> Tensor:
     return out
 
 
-def _sources(node: fx.Node) -> tuple[str, ...]:
+def sources_of(node: fx.Node) -> tuple[str, ...]:
     """Names of the tensors the node reads, the one that gives it its size first."""
     found: dict[str, int] = {}
     seen: set[fx.Node] = set()

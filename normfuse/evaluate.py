@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from normfuse.analysis.constants import constants
 from normfuse.node import aten, argument, is_op, shape
+from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 
 _LARGE = 1 << 22  # elements: weights above this are computed in blocks of rows
@@ -34,7 +35,7 @@ _ROWWISE_POINTWISE = (
     aten.exp, aten.tanh, aten.erf, aten.clamp, aten.clamp_min, aten.to, aten._to_copy, aten.clone, aten.where, aten.abs,
 )  # fmt: skip
 _ROWWISE_REDUCTIONS = (aten.mean, aten.sum, aten.var, aten.std, aten.linalg_vector_norm, aten.amax)
-_ROWWISE_NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm)
+_ROWWISE_NORMS = (aten.layer_norm, RMS_NORM)
 
 
 def promote(leaf: Any) -> Any:

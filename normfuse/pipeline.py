@@ -30,6 +30,9 @@ from normfuse.verification.numerics import EXACT, Mismatch, Verification, compar
 Leaves = list[Any]
 Run = Callable[[Leaves], Leaves]
 
+_NUMBERS = 64
+_MOST_TRIALS = 12
+
 
 def select(table: Sequence[Rule], names: Sequence[str] | None, disable: Sequence[str] = ()) -> tuple[Rule, ...]:
     """The rules that run, in the table's order whatever the order of the names. Raises `PassError` for unknown names."""
@@ -190,7 +193,8 @@ def make_trials(captured: Program, original: Run, example: Leaves, count: int) -
             return False
         return True
 
-    inputs = list(draws(captured.signature, example, count, accepts))
+    enough = _enough(count, original(_cloned(example)))
+    inputs = list(draws(captured.signature, example, enough, accepts))
     own = [original(_cloned(leaves)) for leaves in inputs]
     try:
         reference64 = run_float64(captured, inputs)
@@ -198,6 +202,12 @@ def make_trials(captured: Program, original: Run, example: Leaves, count: int) -
         raise VerificationError(f"the captured program does not run on inputs the model takes: {failure!r:.300}") from failure
     _check_capture(captured, inputs, own, reference64)
     return Trials(inputs, reference64, own)
+
+
+def _enough(count: int, outputs: Leaves) -> int:
+    """More trials for few outputs: the ratio of two rounding errors over n numbers is known to about 1 / sqrt(n)."""
+    numbers = sum(o.numel() for o in outputs if isinstance(o, Tensor) and o.is_floating_point())
+    return max(count, min(_MOST_TRIALS, -(-_NUMBERS // max(1, numbers))))
 
 
 def _check_capture(captured: Program, inputs: list[Leaves], own: list[Leaves], reference64: list[Leaves]) -> None:

@@ -6,7 +6,6 @@ embeddings, convolutions without groups, parameters, and gains (LayerScale) over
 
 from __future__ import annotations
 
-import torch
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands
@@ -14,9 +13,10 @@ from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED
 from normfuse.analysis.streams import Writer
 from normfuse.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
+from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 
-NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm)
+NORMS = (aten.layer_norm, RMS_NORM)
 
 
 class Writers:

@@ -166,7 +166,8 @@ class _Planner:
             self._problem(old, why, new)
             return
         source: fx.Node = arguments(old)["x" if is_op(old, RMS_NORM) else "input"]
-        norm = _described(new) if is_op(new, aten.layer_norm, RMS_NORM) and not is_op(old, aten.batch_norm) else Norm(None)
+        stays = is_op(new, aten.layer_norm, RMS_NORM) and not is_op(old, aten.batch_norm)
+        norm = _described(new) if stays else Norm(None)
         if norm is None or not self.plan.norms.setdefault(path, norm).same(norm):
             self._problem(old, f"the module {path} is called more than once, and becomes two different norms", new)
         elif norm.kind is None:
@@ -202,7 +203,9 @@ def _nodes_by_module(program: Program, weights: frozenset[fx.Node]) -> dict[str,
     """What each module computes, its submodules included: nodes whose values something reads."""
     found: dict[str, list[fx.Node]] = {}
     for node in program.graph.nodes:
-        if node.op != "call_function" or node in weights or not isinstance(value(node), torch.Tensor) or not readers(node):
+        if node.op != "call_function" or node in weights or not readers(node):
+            continue
+        if not isinstance(value(node), torch.Tensor):
             continue
         path = module_path(node)
         while path:

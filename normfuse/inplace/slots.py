@@ -82,7 +82,8 @@ class Slots:
         names = self._names(weight, path)
         for owner in {name.rpartition(".")[0] for name in names}:
             module = self.model.get_submodule(owner)
-            if "bias" in module._parameters and module._parameters["bias"] is None and (owner == path or len(names) == 1):
+            empty = "bias" in module._parameters and module._parameters["bias"] is None
+            if empty and (owner == path or len(names) == 1):
                 self.fresh.setdefault(_join(owner, "bias"), []).append(new)
                 return True
         return False

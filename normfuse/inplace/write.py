@@ -51,8 +51,11 @@ def write_back(model: nn.Module, plan: Plan, tensors: Mapping[fx.Node, Tensor]) 
 
 def _write(model: nn.Module, plan: Plan, tensors: Mapping[fx.Node, Tensor]) -> None:
     made: dict[tuple[fx.Node, bool], nn.Parameter] = {}
+    own_parameter = dict(model.named_parameters(remove_duplicate=False)).get
 
     def parameter(node: fx.Node, like: nn.Parameter | None) -> nn.Parameter:
+        if node.op == "get_attr" and (own := own_parameter(str(node.target))) is not None:
+            return own
         grad = like is not None and like.requires_grad
         if (node, grad) not in made:
             made[node, grad] = nn.Parameter(tensors[node], requires_grad=grad)
@@ -108,7 +111,7 @@ def _module(norm: Norm, old: nn.Module, parameter: Any) -> nn.Module:
         return nn.Identity().train(old.training)
     affine = norm.weight is not None
     if norm.kind == "layer_norm":
-        new: nn.Module = nn.LayerNorm(norm.sizes, norm.eps, affine, norm.bias is not None, device="meta")
+        new: nn.Module = nn.LayerNorm(list(norm.sizes), norm.eps, affine, norm.bias is not None, device="meta")
     else:
         new = RMSNorm(norm.sizes, norm.eps, affine, norm.bias is not None, device="meta")
     like = next(iter(old.parameters()), None)
