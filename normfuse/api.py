@@ -18,8 +18,9 @@ from normfuse.capture import CAUTIONS, capture
 from normfuse.errors import CaptureError, VerificationError
 from normfuse.evaluate import run_float64
 from normfuse.inventory import Inventory, take_inventory
+from normfuse.lower.choose import check_backend, choose
 from normfuse.lower.torch import fastest, graph_module
-from normfuse.optimized import Optimized, check_backend
+from normfuse.optimized import Optimized
 from normfuse.pipeline import Pipeline, Result, Trials, detached, make_trials, original_run, select
 from normfuse.program import Program
 from normfuse.report import Report
@@ -54,8 +55,9 @@ def optimize(
     """A module that computes the same function as `model`, rewritten by every exact pass that applies.
 
     `args`, `kwargs`: example inputs as `torch.export.export` takes them. `dynamic_shapes`: `"auto"` lets batch and
-    sequence vary, `None` fixes all sizes. `passes`: names of the only passes to run, in any order. `backend`: `"torch"`
-    or `"inductor"`. `model` is not changed; weights that no pass touches are shared with it.
+    sequence vary, `None` fixes all sizes. `passes`: names of the only passes to run, in any order. `backend`: `"torch"`,
+    `"inductor"`, `"onnxruntime"` (or `"onnxruntime:<provider>"`), or `"auto"`, the fastest of them on the example inputs.
+    `model` is not changed; weights that no pass touches are shared with it.
 
     Raises `CaptureError`, `PassError`, `LoweringError`; `VerificationError` if the model cannot be verified at all.
     """
@@ -67,9 +69,21 @@ def optimize(
     lowering = time.perf_counter()
     report = _report(_name(model), result, backend, captured.notes)
     optimized = Optimized(result.baked, report, ledger=detached(result.unbaked), backend=backend)
+    if backend == "auto":
+        _take_fastest(optimized, model, args, kwargs)
     report.seconds = result.seconds | {"lower": time.perf_counter() - lowering}
     report.seconds["total"] = time.perf_counter() - started
     return optimized
+
+
+def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any) -> None:
+    """Measure the backends; where none is faster than the model as it was given, that is what runs."""
+    runnable, args, kwargs = _runnable(model, args, kwargs)
+    leaves = optimized.program.signature.flatten(tuple(args), kwargs or {})
+    original = original_run(runnable, optimized.program)
+    chosen = choose(optimized.program, lambda *given: original(list(given)), leaves)
+    optimized.run_with(chosen.run, "torch" if chosen.backend == "original" else chosen.backend)
+    optimized.report.notes.append(str(chosen))
 
 
 def optimize_flat(

@@ -261,8 +261,13 @@ def _leaf(node: fx.Node, spec: InputSpec) -> Leaf:
         if isinstance(val, torch.SymInt | torch.SymFloat):
             raise CaptureError(f"input {node.name!r} is a free number: pass it as a tensor, or keep it fixed")
         return Leaf(node.name, constant=constant)
-    sizes = tuple(s if isinstance(s, int) else str(s.node.expr) for s in val.shape)
+    sizes = tuple(s if isinstance(s, int) else _size(s.node.expr) for s in val.shape)
     return Leaf(node.name, val.dtype, sizes)
+
+
+def _size(expression: Any) -> int | str:
+    """A free size by its symbol; one that the exporter has found to be fixed, by its number."""
+    return int(expression) if expression.is_Integer else str(expression)
 
 
 def _fake_mode(graph: fx.Graph) -> Any:
@@ -291,6 +296,8 @@ def _simplify(program: Program) -> None:
         elif is_op(node, *_COPIES) or _is_same_dtype(node):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
+        elif is_op(node, aten.rms_norm) and arguments(node)["eps"] is None:
+            _with_literal_eps(node)
         elif is_op(node, aten.reshape_as, aten.view_as, aten.expand_as):
             _with_sizes(node)
         elif is_op(node, aten._native_batch_norm_legit_no_training):
@@ -308,6 +315,14 @@ def _to_our_rms_norm(node: fx.Node) -> None:
     axes = list(range(-len(given["normalized_shape"]), 0))
     node.target = RMS_NORM.default
     node.args, node.kwargs = (given["input"], axes, given["weight"], None), {"eps": float(given["eps"])}
+
+
+def _with_literal_eps(node: fx.Node) -> None:
+    """`eps=None` means the machine epsilon of the dtype it runs in: of the dtype it was captured in, from now on."""
+    given = arguments(node)
+    wide = torch.float32 if dtype(node) in (torch.float16, torch.bfloat16) else dtype(node)
+    node.args = (given["input"], given["normalized_shape"], given["weight"], torch.finfo(wide).eps)
+    node.kwargs = {}
 
 
 def _with_sizes(node: fx.Node) -> None:

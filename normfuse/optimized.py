@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
-from normfuse.errors import LoweringError
-from normfuse.lower.torch import fastest, graph_module, plain
+from normfuse.lower.choose import LOWERING, Run, executable
+from normfuse.lower.torch import graph_module, plain
 from normfuse.program import Program
 from normfuse.report import Report
-
-BACKENDS = ("torch", "inductor")
 
 
 class Optimized(nn.Module):
@@ -45,13 +43,16 @@ class Optimized(nn.Module):
 
     def _lower(self) -> Any:
         """The executable for the device that the weights are on now."""
-        device = next((t.device for t in self.tensors().values()), torch.device("cpu"))
-        lowered = fastest(self.program, device)
-        lowered.tensors = {name: t for name, t in self.tensors().items() if name in lowered.tensors}
-        module = graph_module(lowered)
-        run: Any = torch.compile(module) if self.backend == "inductor" else module
+        with LOWERING:
+            if self.__dict__["_run"] is None:
+                here = {name: t for name, t in self.tensors().items() if name in self.program.tensors}
+                self.__dict__["_run"] = executable(dataclasses.replace(self.program, tensors=here), self.backend)
+            return self.__dict__["_run"]
+
+    def run_with(self, run: Run, backend: str) -> None:
+        """Run by this executable until the weights move; after that by `backend`."""
+        self.backend = self.report.backend = backend
         self.__dict__["_run"] = run
-        return run
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, as they are now."""
@@ -66,8 +67,11 @@ class Optimized(nn.Module):
         """An optimized model is for inference: `train()` leaves it there."""
         return super().train(False)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_run": None}
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the archive that `save` writes: fake tensors and sessions do not travel."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "optimized.pt2")
+            return _from_archive, ((Path(folder) / "optimized.pt2").read_bytes(),)
 
     def extra_repr(self) -> str:
         return f"backend={self.backend!r}, {self.report.summary()}"
@@ -89,10 +93,14 @@ class Optimized(nn.Module):
         return write_onnx(program, Path(path), target=target, opset=opset, report=self.report)
 
 
+def _from_archive(data: bytes) -> Optimized:
+    from normfuse.api import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.pt2"
+        path.write_bytes(data)
+        return load(path)
+
+
 def plain_tensors_shared(program: Program) -> Program:
     return program
-
-
-def check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise LoweringError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from normfuse.lower.onnx import operators
+from normfuse.lower.onnx import operators, simplify
 from normfuse.node import argument, aten, dtype, is_op, rank, value
 from normfuse.ops import RMS_NORM, decompose
 from normfuse.program import Origin, Program
@@ -33,7 +33,7 @@ def onnx_form(program: Program, choice: Choice) -> Program:
         if node._erased or node.op != "call_function":
             continue
         with edit.at(node):
-            new = _norm(node, edit, choice)
+            new = _norm(node, edit, choice) or simplify.gather(node, edit)
             if new is None and getattr(node.target, "namespace", "") == "normfuse":
                 new = decompose(node, edit)
             if new is not None:
@@ -50,6 +50,12 @@ def onnx_form(program: Program, choice: Choice) -> Program:
 def _norm(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
     if is_op(node, RMS_NORM):
         return _rms_norm(node, edit, choice)
+    if is_op(node, aten.rms_norm):
+        x, weight, eps = (argument(node, n) for n in ("input", "weight", "eps"))
+        count = len(argument(node, "normalized_shape"))
+        gain = edit.value(weight) if weight is not None else _ones(edit, x, range(-count, 0))
+        eps = torch.finfo(dtype(x)).eps if eps is None else eps  # type: ignore[arg-type]
+        return None if gain is None else edit.call(operators.RMS_NORM.default, x, gain, -count, eps)
     if is_op(node, aten.layer_norm):
         x, weight, bias, eps = (argument(node, n) for n in ("input", "weight", "bias", "eps"))
         axes = range(-len(argument(node, "normalized_shape")), 0)

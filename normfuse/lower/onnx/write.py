@@ -128,6 +128,7 @@ def check_request(target: str, opset: int | None) -> int:
 def build(program: Program, choice: Choice, report: Any = None) -> tuple[Any, dict[str, float]]:
     """The program as an onnx_ir model, with names and metadata, and the seconds it took."""
     seconds: dict[str, float] = {}
+    _check_tensors(program)
     started = time.perf_counter()
     form = onnx_form(program, choice)
     seconds["form"] = time.perf_counter() - started
@@ -138,6 +139,15 @@ def build(program: Program, choice: Choice, report: Any = None) -> tuple[Any, di
     _describe(model, choice, report)
     seconds["export"] = time.perf_counter() - started
     return model, seconds
+
+
+def _check_tensors(program: Program) -> None:
+    """Weights that were cast or moved after the capture do not fit its graph any more."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr":
+            captured, now = node.meta["val"].dtype, program.tensors[str(node.target)].dtype
+            if captured != now:
+                raise LoweringError(f"the weight {node.target!r} was captured as {captured} and is {now}: optimize it as {now}")
 
 
 def _translate(form: Program, choice: Choice) -> Any:

@@ -1,0 +1,97 @@
+"""Backends: what runs a program, and which of them runs it fastest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from threading import Lock
+from typing import Any
+
+import torch
+
+from normfuse.errors import LoweringError
+from normfuse.lower.torch import fastest, graph_module
+from normfuse.program import Program
+
+Run = Callable[..., Sequence[Any]]
+LOWERING = Lock()
+"""Held while a program is made ready: tracing is not for several threads, running is."""
+
+BACKENDS = ("torch", "inductor", "onnxruntime", "auto")
+
+_WARM_UP = 3
+_CALLS = 30
+_SECONDS = 1.0
+
+
+def check_backend(backend: str) -> None:
+    """Raises `LoweringError` for a backend that does not exist or cannot run here."""
+    kind, _, provider = backend.partition(":")
+    if kind not in BACKENDS or (provider and kind != "onnxruntime"):
+        raise LoweringError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, onnxruntime:<provider>")
+    if kind == "onnxruntime":
+        from normfuse.lower.onnx.runtime import check_provider
+
+        check_provider(provider)
+
+
+def executable(program: Program, backend: str) -> Run:
+    """The program made ready to run on flat leaves, for the device that its tensors are on now."""
+    kind, _, provider = backend.partition(":")
+    if kind == "onnxruntime":
+        from normfuse.lower.onnx.runtime import Runtime
+
+        return Runtime(program, provider)
+    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
+    module = graph_module(fastest(program, device))
+    return torch.compile(module) if kind == "inductor" else module
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The fastest way to run a program on an example, and the median seconds of each way that was tried."""
+
+    backend: str
+    run: Run
+    seconds: Mapping[str, float]
+    failures: Mapping[str, str]
+
+    def __str__(self) -> str:
+        times = ", ".join(f"{name} {1e3 * took:.2f} ms" for name, took in sorted(self.seconds.items(), key=lambda i: i[1]))
+        failed = "".join(f"; {name} does not apply: {reason}" for name, reason in self.failures.items())
+        return f"fastest on the example: {self.backend} ({times}){failed}"
+
+
+def choose(program: Program, original: Run, leaves: Sequence[Any]) -> Chosen:
+    """Measure every backend and the model itself ("original") on the example inputs; the original stays if it is fastest."""
+    runs: dict[str, Run] = {"original": original}
+    failures: dict[str, str] = {}
+    seconds = {"original": _measure(original, leaves)}
+    for backend in ("torch", "onnxruntime", "inductor"):
+        try:
+            check_backend(backend)
+            runs[backend] = executable(program, backend)
+            seconds[backend] = _measure(runs[backend], leaves)
+        except Exception as error:  # a backend that cannot run this model is no candidate, whatever its reason
+            failures[backend] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    best = min(seconds, key=seconds.__getitem__)
+    return Chosen(best, runs[best], seconds, failures)
+
+
+def _measure(run: Run, leaves: Sequence[Any]) -> float:
+    """Median seconds of a call, in peace: other backends' threads spin for a while after their last call."""
+    cuda = any(isinstance(leaf, torch.Tensor) and leaf.is_cuda for leaf in leaves)
+    with torch.no_grad():
+        for _ in range(_WARM_UP):
+            run(*leaves)
+        time.sleep(0.05)
+        taken: list[float] = []
+        while len(taken) < _CALLS and (len(taken) < 5 or sum(taken) < _SECONDS):
+            started = time.perf_counter()
+            run(*leaves)
+            if cuda:
+                torch.cuda.synchronize()
+            taken.append(time.perf_counter() - started)
+    return median(taken)
