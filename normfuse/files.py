@@ -11,6 +11,12 @@ from pathlib import Path
 from normfuse.errors import NormfuseError
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextlib.contextmanager
 def write_beside(target: Path, error: type[NormfuseError]) -> Iterator[Path]:
     """A temporary path in the target's folder that becomes the target if the block ends well. Folders are made.
@@ -28,6 +34,7 @@ def write_beside(target: Path, error: type[NormfuseError]) -> Iterator[Path]:
     beside = Path(name)
     try:
         yield beside
+        beside.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
         beside.replace(target)
     except OSError as problem:
         raise error(f"cannot write {target}: {problem.strerror or problem}") from None

@@ -10,7 +10,7 @@ from normfuse.rewrite import Rule
 if __name__ != "normfuse.passes":
     raise ImportError("this folder is the package normfuse.passes: install normfuse and import it by that name")
 
-from normfuse.passes import (
+from . import (
     bake_weights,
     fold_batch_norm,
     fold_norm_affine,

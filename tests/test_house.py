@@ -81,9 +81,9 @@ def test_only_api_reaches_the_passes_and_only_when_called() -> None:
     forbid(everyone, lambda each: each.within("normfuse.passes") and not (each.path == API and each.deep))
 
 
-def test_the_engine_does_not_know_the_specimens() -> None:
-    callers = (API, ROOT / "normfuse/cli.py")
-    forbid(found("normfuse"), lambda each: each.within("normfuse.models") and not (each.path in callers and each.deep))
+def test_the_specimens_are_reached_by_name_alone() -> None:
+    finder = ROOT / "normfuse/models_of.py"
+    forbid(found("normfuse"), lambda each: each.within("normfuse.models") and not (each.path == finder and each.deep))
 
 
 def test_triton_is_imported_where_kernels_are_made() -> None:
@@ -137,12 +137,22 @@ def public_uses(path: Path) -> Iterator[str]:
 
 
 def test_import_normfuse_loads_torch_and_nothing_heavier() -> None:
-    code = "import sys, torch; before = set(sys.modules); import normfuse; print(*sorted(set(sys.modules) - before))"
+    heavy = loaded("import normfuse") & set(HEAVY)
+    assert not heavy, f"import normfuse also loads {', '.join(sorted(heavy))}"
+
+
+def test_the_public_names_load_no_backend_and_no_pass() -> None:
+    allowed = {"networkx", "rich"}
+    heavy = loaded("import normfuse; [getattr(normfuse, name) for name in normfuse.__all__]") & set(HEAVY) - allowed
+    assert not heavy, f"the public names also load {', '.join(sorted(heavy))}"
+
+
+def loaded(code: str) -> set[str]:
+    """What a new Python has loaded after this, that `import torch` alone has not; a package for each of its modules."""
+    code = f"import sys, torch; before = set(sys.modules); {code}; print(*set(sys.modules) - before)"
     said = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    new = said.split()
-    assert "normfuse" in new
-    heavy = sorted({name for name in HEAVY for module in new if module == name or module.startswith(name + ".")})
-    assert not heavy, f"import normfuse also loads {', '.join(heavy)}"
+    new = [name.split(".") for name in said.split()]
+    return {".".join(parts[:end]) for parts in new for end in range(1, len(parts) + 1)} & {*HEAVY, "normfuse"}
 
 
 # --- one stem everywhere

@@ -53,12 +53,15 @@ def is_view(node: fx.Node) -> bool:
 
 
 def frontier(program: Program) -> list[fx.Node]:
-    """The computed weights: weight-only calls that something else reads, stripped of trailing views, in graph order."""
+    """The computed weights: weight-only calls that something else reads, in graph order.
+
+    Views of the model's own at the end of a computation stay where they are; those that a pass made are part of the weight.
+    """
     inside = weight_only(program)
     found: dict[fx.Node, None] = {}
     for node in program.graph.nodes:
         if node in inside and any(user not in inside for user in node.users):
-            while is_view(node):
+            while is_view(node) and not node.meta.get("made_by"):
                 node = node.all_input_nodes[0]
             if node.op == "call_function" and isinstance(value(node), torch.Tensor):
                 found[node] = None

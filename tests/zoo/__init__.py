@@ -1,1 +1,1 @@
-"""Other people's architectures, small, with every parameter away from its default: what the tests feed normfuse."""
+"""Other people's architectures, small, every parameter away from its default: the tests' material."""
