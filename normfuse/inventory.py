@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import fx
 
+from normfuse.analysis.constants import weight_only
 from normfuse.analysis.streams import ends_of
-from normfuse.node import argument, aten, is_op, rank, readers, site
-from normfuse.ops import RMS_NORM
+from normfuse.node import argument, arguments, aten, is_op, rank, readers, site
+from normfuse.ops import CRMS_NORM, DERF, DYT, L2_NORM, RMS_NORM, SOFTMAX_OVER, STANDARDIZE
 from normfuse.program import Program
 
 KINDS = (
@@ -24,10 +25,14 @@ KINDS = (
 _OPERATORS = {
     "layer_norm": (aten.layer_norm,),
     "rms_norm": (RMS_NORM, aten.rms_norm),
+    "crms_norm": (CRMS_NORM,),
+    "l2_norm": (L2_NORM,),
+    "dyt": (DYT,),
+    "derf": (DERF,),
     "batch_norm": (aten.batch_norm,),
     "group_norm": (aten.group_norm,),
     "instance_norm": (aten.instance_norm,),
-    "softmax": (aten.softmax, aten._softmax, aten.log_softmax),
+    "softmax": (aten.softmax, aten._softmax, aten.log_softmax, SOFTMAX_OVER),
     "attention": (aten.scaled_dot_product_attention,),
     "weight_norm": (aten._weight_norm,),
 }  # fmt: skip
@@ -96,36 +101,74 @@ def take_inventory(program: Program, model: str = "") -> Inventory:
 
 
 def _patterns(program: Program) -> Iterator[Pattern]:
+    weights = weight_only(program)
     for node in program.graph.nodes:
-        for kind, packets in _OPERATORS.items():
-            if is_op(node, *packets):
-                yield _pattern(kind, node, program)
+        kind = _kind(node)
+        if kind is not None and node not in weights:
+            yield _pattern(kind, node, program, weights)
 
 
-def _pattern(kind: str, node: fx.Node, program: Program) -> Pattern:
+def _kind(node: fx.Node) -> str | None:
+    if is_op(node, STANDARDIZE):
+        return "layer_norm" if argument(node, "centre") else "rms_norm"
+    if is_op(node, aten.batch_norm) and argument(node, "training"):
+        return None
+    return next((kind for kind, packets in _OPERATORS.items() if is_op(node, *packets)), None)
+
+
+def _pattern(kind: str, node: fx.Node, program: Program, weights: frozenset[fx.Node]) -> Pattern:
     axes, eps = _axes_and_eps(kind, node)
     placement = "other" if kind in ("softmax", "attention", "weight_norm") else placement_of(node, program)
-    return Pattern(kind, site(node), axes, eps, _affine(kind, node), placement)
+    return Pattern(kind, site(node), axes, eps, _affine(kind, node, weights), placement)
 
 
 def _axes_and_eps(kind: str, node: fx.Node) -> tuple[tuple[int, ...], float | None]:
     if is_op(node, aten.layer_norm, aten.rms_norm):
         return tuple(range(-len(argument(node, "normalized_shape")), 0)), argument(node, "eps")
-    if is_op(node, RMS_NORM):
+    if is_op(node, RMS_NORM, STANDARDIZE, CRMS_NORM, L2_NORM):
         return tuple(argument(node, "axes")), argument(node, "eps")
+    if is_op(node, SOFTMAX_OVER):
+        return tuple(argument(node, "axes")), None
     if kind == "softmax":
-        return (int(argument(node, "dim")),), None
+        return (_negative(int(argument(node, "dim")), node),), None
     if kind in ("batch_norm", "instance_norm", "group_norm"):
-        batch = (0,) if kind == "batch_norm" else ()
-        return (*batch, *range(2, rank(node))), argument(node, "eps")
+        first = {"batch_norm": (0, *range(2, rank(node))), "group_norm": tuple(range(1, rank(node)))}
+        axes = first.get(kind, tuple(range(2, rank(node))))
+        return tuple(_negative(a, node) for a in axes), argument(node, "eps")
     return (), None
 
 
-def _affine(kind: str, node: fx.Node) -> str:
+def _negative(axis: int, node: fx.Node) -> int:
+    return axis - rank(node) if axis >= 0 else axis
+
+
+def _affine(kind: str, node: fx.Node, weights: frozenset[fx.Node]) -> str:
+    """Gain and shift of the model: the operator's own, or those that follow it."""
     if kind in ("softmax", "attention", "weight_norm"):
         return ""
-    has = [name for name in ("weight", "bias") if argument(node, name) is not None]
-    return " and ".join(has) or "none"
+    own = {name for name in ("weight", "bias") if arguments(node).get(name) in weights}
+    has = own | _following(node, weights) if kind not in ("dyt", "derf") else own
+    return " and ".join(name for name in ("weight", "bias") if name in has) or "none"
+
+
+_LOOKS = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.to, aten._to_copy, aten.type_as, aten.permute,
+          aten.transpose, aten.movedim, aten.contiguous, aten.squeeze, aten.unsqueeze)  # fmt: skip
+
+
+def _following(node: fx.Node, weights: frozenset[fx.Node]) -> set[str]:
+    """A gain and a shift by weights right behind the norm, that nothing else stands between."""
+    found: set[str] = set()
+    while len(users := readers(node)) == 1:
+        user = users[0]
+        by_weight = any(n in weights for n in user.all_input_nodes)
+        if is_op(user, aten.mul) and by_weight and not found:
+            found.add("weight")
+        elif is_op(user, aten.add) and by_weight and "bias" not in found:
+            found.add("bias")
+        elif not is_op(user, *_LOOKS) and not (is_op(user, aten.mul, aten.div) and len(user.all_input_nodes) == 1):
+            break
+        node = user
+    return found
 
 
 # -- placement ----------------------------------------------------------------------------------------------------

@@ -67,11 +67,20 @@ def is_tensor(node: Any) -> bool:
 def shape(node: fx.Node) -> tuple[Dim, ...]:
     """The (possibly symbolic) shape of a tensor node; empty for what is not a tensor."""
     v = value(node)
-    return tuple(v.shape) if isinstance(v, torch.Tensor) else ()
+    return tuple(_settled(s) for s in v.shape) if isinstance(v, torch.Tensor) else ()
+
+
+def _settled(size: Dim) -> Dim:
+    """A size that the exporter first took to be free and then found to be fixed is an int."""
+    if isinstance(size, int):
+        return size
+    known = size.node.expr
+    return int(known) if known.is_number else size
 
 
 def rank(node: fx.Node) -> int:
-    return len(shape(node))
+    v = value(node)
+    return v.dim() if isinstance(v, torch.Tensor) else 0
 
 
 def dtype(node: fx.Node) -> torch.dtype | None:

@@ -1,5 +1,7 @@
 """Raising: any subgraph that computes a known function becomes its one canonical operator."""
 
-from normfuse.raise_.rules import RULES
+from normfuse.raise_ import functions, normal_forms
+
+RULES = (normal_forms.RULE, functions.RULE)
 
 __all__ = ["RULES"]

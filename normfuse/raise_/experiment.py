@@ -39,6 +39,8 @@ class Concrete:
         if not isinstance(size, torch.SymInt):
             return size
         expr = expression(size)
+        if expr.is_number:
+            return int(expr)
         if expr not in self._sizes:
             self._sizes[expr] = self._choose(size, expr)
         return self._sizes[expr]
@@ -52,8 +54,8 @@ class Concrete:
         for symbol in sorted(expr.free_symbols, key=str):
             self._symbols.setdefault(symbol, _SMALL[len(self._symbols) % len(_SMALL)])
         chosen = expr.xreplace({s: self._symbols[s] for s in expr.free_symbols})
-        if not chosen.is_integer or int(chosen) < 1:
-            raise Impossible("a size is not positive")
+        if int(chosen) != chosen or int(chosen) < 2:
+            raise Impossible("a size would vanish")
         return int(chosen)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -69,7 +71,7 @@ class Concrete:
             if tensor.device.type == "meta":
                 raise Impossible("a buffer is not known")
             result = promote(tensor)
-        elif self.roles(node) is Role.SIZE:
+        elif isinstance(value(node), torch.SymInt):
             result = self.size(value(node))
         else:
             result = self._call(node)

@@ -150,7 +150,8 @@ class Editor:
 
     def rebuild(self, node: fx.Node, /, **changed: Any) -> Value:
         """The same call with some arguments, by schema name, changed."""
-        given = arguments(node) | changed
+        before = arguments(node)
+        given = before | {name: _like(before[name], new) for name, new in changed.items()}
         parameters = node.target._schema.arguments  # type: ignore[union-attr]
         args = [given[p.name] for p in parameters if not p.kwarg_only]
         kwargs = {p.name: given[p.name] for p in parameters if p.kwarg_only and given[p.name] is not None}
@@ -231,6 +232,15 @@ class Editor:
             stack.extend(current.all_input_nodes)
             self.program.graph.erase_node(current)
             self.changed = True
+
+
+def _like(old: Any, new: Any) -> Any:
+    """A weight times a float32 gain is float32; the operator wants it in the dtype that it had."""
+    if not isinstance(new, Value) or not isinstance(old, fx.Node) or not is_weight(new.node):
+        return new
+    had, has = value(old), value(new.node)
+    both = isinstance(had, Tensor) and isinstance(has, Tensor) and had.is_floating_point() and has.is_floating_point()
+    return new.to(had.dtype) if both else new
 
 
 def anchor_name(node: fx.Node) -> str:

@@ -1,0 +1,148 @@
+"""raise_functions: norms, softmax and activations, however they are written  ->  their canonical operators
+
+Exactness: algebraic.
+Legal if:  the region computes the function for all values of its source and of whatever else enters it, which the probe
+           finds out by evaluating it; the root of the region is replaced, and intermediates that are read elsewhere stay.
+Leaves alone: near misses: other statistics, other axes for mean and variance, statistics of the batch.
+Reference: METHODS 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from normfuse.analysis import Facts
+from normfuse.analysis.constants import is_view
+from normfuse.node import aten, is_op, readers, value
+from normfuse.program import Program
+from normfuse.raise_.choose import Plan, plan_of
+from normfuse.raise_.emit import can_emit, emit_norm, emit_pointwise, emit_softmax
+from normfuse.raise_.family import Activation, Softmax, Squashed
+from normfuse.raise_.probe import Probe, is_seed
+from normfuse.raise_.regions import Region, sources_of
+from normfuse.raise_.roles import Roles
+from normfuse.raise_.standardise import Standardised
+from normfuse.rewrite import Editor, Exactness, Phase, Transform
+
+_CANONICAL = (
+    aten.layer_norm, aten.group_norm, aten.instance_norm, aten.softmax, aten.log_softmax, aten.logsumexp, aten.gelu,
+    aten.silu, torch.ops.normfuse.rms_norm,
+)  # fmt: skip
+_TIER = {"group_norm": 4, "instance_norm": 4, "layer_norm": 3, "crms_norm": 2, "rms_norm": 2, "l2_norm": 2}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One reading of a place in the graph: this root is that function of this source."""
+
+    region: Region
+    root: fx.Node
+    finding: Any
+    plan: Plan | None
+    distance: int
+
+    @property
+    def kind(self) -> str:
+        return self.plan.kind if self.plan is not None else self.finding.kind
+
+    def merit(self) -> tuple[Any, ...]:
+        """What is preferred: a complete affine part, the dtype of the source, the more special kind, the smaller region."""
+        narrow = value(self.region.source).dtype == value(self.root).dtype
+        bits = torch.finfo(value(self.region.source).dtype).bits
+        if self.plan is None:
+            scale = getattr(self.finding, "scale", 1.0)
+            inside = self.region.inside(self.root)
+            return (scale == 1.0, narrow, -bits, sum(not is_view(n) for n in inside), -len(inside))
+        plan = self.plan
+        absorbed = (plan.weight is not None) + (plan.bias is not None)
+        behind = (plan.times is not None) + (plan.plus is not None) + (plan.constant != 1.0)
+        negative = any(f is not None and f.scale < 0 for f in (plan.weight, plan.times)) or plan.constant < 0
+        size = len(self.region.inside(self.root))
+        views = plan.rows.split is not None
+        return (-behind, _TIER[plan.kind] >= 3, absorbed, not negative, narrow, -bits, views, _TIER[plan.kind], -self.distance, -size)
+
+
+def run(program: Program, facts: Facts, edit: Editor) -> None:
+    roles = Roles(program)
+    probe = Probe(program, roles)
+    for seed in list(program.graph.nodes):
+        if seed._erased or not seed.users or not is_seed(seed, roles):
+            continue
+        best = _best(seed, roles, probe)
+        if best is not None and edit.permit(best.root):
+            _replace(best, edit)
+
+
+def _best(seed: fx.Node, roles: Roles, probe: Probe) -> Candidate | None:
+    found: list[Candidate] = []
+    sources = sources_of(seed, roles)
+    for distance, source in enumerate(sources):
+        region, verdict = probe.look(source)
+        for place, finding in verdict.findings.items():
+            root = region.nodes[place - 1]
+            if seed not in region.inside(root) or not root.users:
+                continue
+            candidate = _candidate(region, root, finding, distance)
+            if candidate is not None and not _is_canonical(candidate):
+                found.append(candidate)
+    whole = [c for c in found if not _leaks(c, found)]
+    return max(whole, key=Candidate.merit, default=None)
+
+
+def _candidate(region: Region, root: fx.Node, finding: Any, distance: int) -> Candidate | None:
+    if not isinstance(finding, Standardised):
+        return Candidate(region, root, finding, None, distance)
+    plan = plan_of(finding, region, root)
+    if isinstance(plan, str) or not can_emit(plan, region):
+        return None
+    return Candidate(region, root, finding, plan, distance)
+
+
+def _is_canonical(candidate: Candidate) -> bool:
+    """The operator itself, or views and casts round it: nothing would be gained."""
+    root = candidate.root
+    if is_op(root, *_CANONICAL):
+        return True
+    inside = candidate.region.inside(root)
+    if isinstance(candidate.finding, Softmax):
+        return any(is_op(n, getattr(aten, candidate.kind)) for n in inside)
+    operators = [n for n in inside if is_op(n, *_CANONICAL)]
+    if not operators:
+        return False
+    absorbs = candidate.plan is not None and (candidate.plan.weight is not None or candidate.plan.bias is not None)
+    given = any(len([i for i in n.all_input_nodes if i not in inside]) > 1 for n in operators)
+    return not absorbs or given
+
+
+def _leaks(candidate: Candidate, others: list[Candidate]) -> bool:
+    """Is a smaller root of the same kind also read outside? Then that one is the norm, and this its reader."""
+    inside = candidate.region.inside(candidate.root)
+    for other in others:
+        if other.root is candidate.root or other.root not in inside or other.kind != candidate.kind:
+            continue
+        if any(reader not in inside for reader in readers(other.root)):
+            return True
+    return False
+
+
+def _replace(best: Candidate, edit: Editor) -> None:
+    root = best.root
+    with edit.at(root):
+        if best.plan is not None:
+            new = emit_norm(best.plan, best.region, root, edit)
+        elif isinstance(best.finding, Softmax):
+            new = emit_softmax(best.finding, best.region, root, edit)
+        else:
+            assert isinstance(best.finding, Activation | Squashed)
+            new = emit_pointwise(best.finding, best.region, root, edit)
+            if new is None:
+                return
+    edit.fired(root, before=f"{best.kind} written out", after=best.kind)
+    edit.replace(root, new)
+
+
+RULE = Transform("raise_functions", exactness=Exactness.ALGEBRAIC, phase=Phase.RAISE, run=run)

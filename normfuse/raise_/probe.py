@@ -1,0 +1,170 @@
+"""The probe: every result of a region is evaluated against the family of known functions.
+
+It decides what a region computes, whatever operators it is made of. Equal regions (the twelve norms of twelve layers)
+are evaluated once. Draws are seeded, so that a verdict is the same in every run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from normfuse.node import argument, aten, is_op, same_size, shape, value
+from normfuse.program import Program
+from normfuse.raise_.experiment import Concrete, Experiment, Impossible, numel
+from normfuse.raise_.family import Activation, Softmax, Squashed, identify_logsumexp, identify_pointwise, identify_softmax
+from normfuse.raise_.regions import Region, region_from
+from normfuse.raise_.roles import Role, Roles, value_operands
+from normfuse.raise_.rows import Rows, changed_rows
+from normfuse.raise_.standardise import Standardisation, Standardised
+
+Finding = Standardised | Softmax | Activation | Squashed
+
+MAX_ELEMENTS = 1 << 22
+SEED = 20_240_611
+
+_REDUCTIONS = (
+    aten.mean, aten.sum, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.linalg_vector_norm, aten.norm,
+    aten.linalg_norm, aten.amax, aten.max, aten.logsumexp, aten.layer_norm, aten.native_layer_norm, aten.rms_norm,
+    aten.group_norm, aten.instance_norm, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d,
+    aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.log_softmax, torch.ops.normfuse.rms_norm,
+    aten.cosine_similarity, aten.frobenius_norm, aten.norm_except_dim, aten.native_group_norm, aten.prod,
+)  # fmt: skip
+_PRODUCTS = (
+    aten.matmul, aten.mm, aten.bmm, aten.einsum, aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.mv, aten.dot,
+    aten.addmm, aten.baddbmm,
+)  # fmt: skip
+_BENDS = (
+    aten.tanh, aten.erf, aten.erfc, aten.special_erf, aten.special_erfc, aten.sigmoid, aten.special_expit, aten.exp,
+    aten.special_ndtr, aten.exp2, aten.expm1, aten.hardtanh, aten.log_sigmoid, aten.special_exp2,
+)  # fmt: skip
+
+
+def is_seed(node: fx.Node, roles: Roles) -> bool:
+    """Does something that the family is made of happen here?"""
+    if is_op(node, *_REDUCTIONS, *_BENDS):
+        return roles(node) is Role.ACTIVATION
+    if is_op(node, aten.batch_norm):
+        return bool(argument(node, "training")) and roles(node) is Role.ACTIVATION
+    if is_op(node, *_PRODUCTS):
+        active = [n for n in value_operands(node) if roles(n) is Role.ACTIVATION]
+        fixed = [n for n in value_operands(node) if roles(n) is Role.FIXED]
+        return bool(active) and (bool(fixed) or len(active) > 1 or is_op(node, aten.einsum))
+    return False
+
+
+@dataclass
+class Verdict:
+    """What the probe found in one region: the root by its place in the region, and what it is; or why not."""
+
+    findings: dict[int, Finding] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+class Probe:
+    """`look(source)`: the region of the source and everything known that is computed in it."""
+
+    def __init__(self, program: Program, roles: Roles) -> None:
+        self.roles = roles
+        self.concrete = Concrete(program, roles)
+        self.hinted = Concrete(program, roles, small=False)
+        self.known: dict[Any, Verdict] = {}
+        self.runs = 0
+
+    def look(self, source: fx.Node) -> tuple[Region, Verdict]:
+        region = region_from(source, self.roles, self.concrete.describe)
+        if region.key not in self.known:
+            self.known[region.key] = self._evaluate(region)
+        return region, self.known[region.key]
+
+    def _evaluate(self, region: Region) -> Verdict:
+        for concrete in (self.concrete, self.hinted):
+            try:
+                if 4 <= numel(concrete.shape(region.source)) <= MAX_ELEMENTS:
+                    return self._with(region, Experiment(region, concrete, SEED))
+            except Impossible:
+                continue
+        return Verdict()
+
+    def _with(self, region: Region, experiment: Experiment) -> Verdict:
+        roots = self._roots(region)
+        if not roots:
+            return Verdict()
+        draws = Standardisation(experiment)
+        if experiment.concrete.small and any(n not in draws.moderate_values[0] for n in region.nodes):
+            raise Impossible("an operator fails at small sizes")
+        if not any(self._finite(draws, root) for root in roots):
+            experiment.positive_sides()
+            draws = Standardisation(experiment)
+        base = experiment.draw(0.3)
+        before = experiment.run(base)
+        positions = [base.numel() // 3, 2 * base.numel() // 3 + 1]
+        after = [experiment.run(_changed(base, p)) for p in positions]
+        verdict = Verdict()
+        for root in roots:
+            found = self._identify(draws, root, before, list(zip(positions, after, strict=True)))
+            place = region.index[root]
+            if isinstance(found, str):
+                verdict.reasons[place] = found
+            elif found is not None:
+                verdict.findings[place] = found
+        self.runs += experiment.runs
+        return verdict
+
+    def _roots(self, region: Region) -> list[fx.Node]:
+        """Results of the source's shape (or, for log-sum-exp, of less) that a seed flows into."""
+        fed: set[fx.Node] = set()
+        roots: list[fx.Node] = []
+        for node in region.nodes:
+            if is_seed(node, self.roles) or any(n in fed for n in node.all_input_nodes):
+                fed.add(node)
+                val = value(node)
+                if isinstance(val, Tensor) and val.is_floating_point() and _fits(region.source, node):
+                    roots.append(node)
+        return roots
+
+    @staticmethod
+    def _finite(draws: Standardisation, root: fx.Node) -> bool:
+        return all(
+            isinstance(v := values.get(root), Tensor) and bool(torch.isfinite(v).all())
+            for values in (*draws.large_values, *draws.moderate_values[:1])
+        )
+
+    def _identify(
+        self, draws: Standardisation, root: fx.Node, before: Any, after: list[tuple[int, Any]]
+    ) -> Finding | str | None:
+        base = before.get(root)
+        if not isinstance(base, Tensor):
+            return None
+        if tuple(base.shape) != draws.experiment.shape:
+            return identify_logsumexp(draws, root)
+        partitions: set[Rows | None] = set()
+        for position, values in after:
+            changed = values.get(root)
+            if not isinstance(changed, Tensor):
+                return None
+            partitions.add(changed_rows(base, changed, position))
+        rows = partitions.pop()
+        if partitions or rows is None:
+            return "its elements do not depend on the source row by row"
+        if rows.size == 1:
+            return identify_pointwise(draws, root)
+        softmax = identify_softmax(draws, root, rows)
+        return softmax if softmax is not None else draws.identify(root, rows)
+
+
+def _changed(x: Tensor, position: int) -> Tensor:
+    flat = x.clone().flatten()
+    flat[position] += 0.7
+    return flat.view(x.shape)
+
+
+def _fits(source: fx.Node, node: fx.Node) -> bool:
+    mine, theirs = shape(source), shape(node)
+    if len(mine) == len(theirs):
+        different = [not same_size(a, b) for a, b in zip(mine, theirs, strict=True)]
+        return not any(different) or (sum(different) == 1 and is_op(node, aten.add, aten.log, aten.logsumexp))
+    return len(theirs) == len(mine) - 1 and is_op(node, aten.add, aten.log, aten.squeeze, aten.select, aten.view)
