@@ -16,14 +16,18 @@ from . import (
     fold_norm_affine,
     layer_norm_to_rms_norm,
     merge_branches,
+    merge_linears,
+    merge_lora,
     remove_inference_noops,
 )
 
 TABLE: tuple[Rule, ...] = (
     remove_inference_noops.RULE,
     bake_weights.RULE,
+    merge_lora.RULE,
     fold_batch_norm.RULE,
     merge_branches.RULE,
+    merge_linears.RULE,
     layer_norm_to_rms_norm.RULE,
     fold_norm_affine.RULE,
 )

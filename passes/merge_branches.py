@@ -11,17 +11,15 @@ Reference: METHODS 1.10; RepVGG (arXiv 2101.03697), section 3.3; DBB (arXiv 2103
 
 from __future__ import annotations
 
-from collections import Counter
-
 from torch import fx
 
 from normfuse.analysis import Facts
-from normfuse.analysis.affine import Affine, AffineMap, Term, projections_in
-from normfuse.analysis.windows import count
-from normfuse.node import aten, is_op, op_name, shape, site
+from normfuse.analysis.affine import Affine, AffineMap, Term
+from normfuse.analysis.costs import dearer, projections_in
+from normfuse.node import aten, is_op, op_name, site
 from normfuse.program import Program
-from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.kernels import emit
+from normfuse.rewrite import Editor, Exactness, Transform
+from normfuse.rewrite.kernels import ingredients, write_terms
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:
@@ -55,55 +53,14 @@ def _is_merge(m: AffineMap, affine: Affine) -> bool:
 
 def _merge(node: fx.Node, terms: list[Term], affine: Affine, edit: Editor) -> bool:
     merges = [t.map for t in terms if _is_merge(t.map, affine)]
-    if not edit.named and (reason := next((why for m in merges if (why := _not_worth(m, node, affine))), None)):
+    if not edit.named and (reason := next((why for m in merges if (why := dearer(m, node, affine.weights))), None)):
         edit.refuse(node, reason)
         return False
     if not edit.permit(node):
         return False
-    edit.fired(node, before=_text(merges), after="one convolution" if merges[0].windows else "one linear")
-    with edit.at(node):
-        edit.replace(node, _sum([_computed(t, node, affine, edit) for t in terms]))
+    edit.fired(node, before=ingredients(merges), after="one convolution" if merges[0].windows else "one linear")
+    write_terms(edit, node, terms)
     return True
-
-
-def _computed(term: Term, node: fx.Node, affine: Affine, edit: Editor) -> Value:
-    """A merged summand anew, any other as it is."""
-    kept = term.map.node is not None and not term.map.merged
-    value = edit.value(term.map.node) if kept and term.map.node is not None else emit(edit, term.map, node)
-    return value if term.factor == 1 else value * term.factor
-
-
-def _sum(values: list[Value]) -> Value:
-    total = values[0]
-    for value in values[1:]:
-        total = total + value
-    return total
-
-
-def _not_worth(m: AffineMap, node: fx.Node, affine: Affine) -> str | None:
-    """Compare multiplications: the one kernel may cost no more than the branches."""
-    places = count([s for i, s in enumerate(shape(node)) if i != m.axis])
-    taps = 1
-    for window in m.windows:
-        taps *= window.size
-    before = [_multiplications(n) for n in projections_in(m, affine.weights)]
-    if places is None or None in before:
-        return None
-    after = places * m.outputs * (m.inputs // m.groups) * taps
-    old = sum(n for n in before if n is not None)
-    return f"one kernel would take {after} multiplications, the branches take {old}" if after > old else None
-
-
-def _multiplications(projection: fx.Node) -> int | None:
-    weight = next(n for n in projection.all_input_nodes if n is not projection.args[0] and len(shape(n)) > 1)
-    channels = 1 if is_op(projection, aten.conv1d, aten.conv2d, aten.conv3d) else len(shape(projection)) - 1
-    places, size = count([s for i, s in enumerate(shape(projection)) if i != channels]), count(shape(weight))
-    return None if places is None or size is None else places * size
-
-
-def _text(merges: list[AffineMap]) -> str:
-    names = Counter(op_name(n) for m in merges for n in sorted(m.covers))
-    return ", ".join(f"{n} {name}" if n > 1 else name for name, n in names.items())
 
 
 def _explain(node: fx.Node, affine: Affine, edit: Editor) -> None:

@@ -192,7 +192,7 @@ class Affine:
     # -- single operators
 
     def _projection(self, node: fx.Node) -> AffineMap | None:
-        own = self._own(node)
+        own = self.own(node)
         if own is None or own.table:
             return own
         inner = self._inner(own.source, node)
@@ -200,7 +200,8 @@ class Affine:
             return own
         return compose(own, inner, node) or own
 
-    def _own(self, node: fx.Node) -> AffineMap | None:
+    def own(self, node: fx.Node) -> AffineMap | None:
+        """A projection or an embedding alone, as a map of its own input."""
         if is_op(node, aten.embedding) and argument(node, "weight") in self.weights:
             size, width = (int(s) for s in shape(argument(node, "weight")))
             last = rank(node) - 1
@@ -366,10 +367,5 @@ def _windows(node: fx.Node, kernel: Sequence[Any]) -> Windows | None:
         return None
     taps = zip(kernel, strides, dilations, pads, strict=True)
     return tuple(Window(k, s, d, low, high) for k, s, d, (low, high) in taps)
-
-
-def projections_in(m: AffineMap, weights: frozenset[fx.Node]) -> list[fx.Node]:
-    """The projections of the model that a map is made of, in graph order."""
-    return sorted(n for n in m.covers if projection(n, None, weights) is not None)
 
 

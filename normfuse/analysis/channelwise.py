@@ -19,7 +19,7 @@ def channelwise_operand(node: fx.Node, weights: frozenset[fx.Node]) -> fx.Node |
             if (p := argument(node, n)) is not None
         )  # fmt: skip
         return argument(node, "input") if frozen and argument(node, "running_mean") is not None else None
-    if is_op(node, aten.neg, *_COPIES):
+    if is_op(node, aten.neg, *_COPIES) or _is_quiet(node):
         return node.args[0]  # type: ignore[return-value]
     if is_op(node, aten.to, aten._to_copy):
         source = node.args[0]
@@ -38,6 +38,11 @@ def channelwise_operand(node: fx.Node, weights: frozenset[fx.Node]) -> fx.Node |
     return None
 
 
+def _is_quiet(node: fx.Node) -> bool:
+    """Dropout at inference."""
+    return is_op(node, aten.dropout, aten.feature_dropout) and argument(node, "train") is False
+
+
 def constant_operand(node: fx.Node, source: fx.Node) -> Any:
     """What stands on the other side of a channelwise sum, product or quotient."""
     given = arguments(node)
@@ -48,7 +53,7 @@ def acts_on(node: fx.Node, source: fx.Node, weights: frozenset[fx.Node]) -> tupl
     """The channel axis (None: every axis alike), and whether something is added."""
     if is_op(node, aten.batch_norm):
         return 1, True
-    if is_op(node, aten.neg, aten.to, aten._to_copy, *_COPIES):
+    if is_op(node, aten.neg, aten.to, aten._to_copy, *_COPIES) or _is_quiet(node):
         return None, False
     constant = constant_operand(node, source)
     long = [i for i, s in enumerate(shape(constant)) if s != 1] if isinstance(constant, fx.Node) else []

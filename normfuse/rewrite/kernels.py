@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import fx
 from normfuse.analysis.affine import AffineMap, Channelwise, Composed, Identity, Own, Pool, Sum, Term
 from normfuse.analysis.channelwise import constant_operand
 from normfuse.analysis.windows import Placement, Window, Windows, placement
-from normfuse.node import argument, aten, is_op, rank, shape, value
+from normfuse.node import argument, aten, is_op, op_name, rank, shape, value
 from normfuse.rewrite.editor import Editor, Value
 
 Factor = Value | float
@@ -20,7 +21,11 @@ Factor = Value | float
 
 def emit(edit: Editor, m: AffineMap, wanted: fx.Node) -> Value:
     """The map as one call: a convolution, a linear, an embedding, or a product and a sum where it is diagonal."""
-    kernel, bias = build(edit, m)
+    return call_with(edit, m, *build(edit, m), wanted)
+
+
+def call_with(edit: Editor, m: AffineMap, kernel: Factor, bias: Factor | None, wanted: fx.Node) -> Value:
+    """The call that moves as `m` does, with this kernel and bias, in the dtype of `wanted`."""
     source = edit.value(m.source)
     if m.diagonal:
         return _pointwise(edit, m, source, kernel, bias).to(value(wanted).dtype)
@@ -28,7 +33,7 @@ def emit(edit: Editor, m: AffineMap, wanted: fx.Node) -> Value:
     if m.table:
         return _embedding(edit, m, source, kernel, bias).to(value(wanted).dtype)
     kernel = kernel.to(value(m.source).dtype)
-    vector = None if bias is None else _vector(edit, bias, m.outputs, m.source).to(value(m.source).dtype)
+    vector = None if bias is None else as_vector(edit, bias, kernel.shape[0], m.source).to(value(m.source).dtype)
     if not m.windows:
         return edit.op("linear", source, kernel, vector).to(value(wanted).dtype)
     pads = [w.low for w in m.windows]
@@ -38,6 +43,25 @@ def emit(edit: Editor, m: AffineMap, wanted: fx.Node) -> Value:
     strides, dilations = [w.stride for w in m.windows], [w.dilation for w in m.windows]
     conv = f"conv{len(m.windows)}d"
     return edit.op(conv, source, kernel, vector, strides, pads, dilations, m.groups).to(value(wanted).dtype)
+
+
+def write_terms(edit: Editor, node: fx.Node, terms: Sequence[Term]) -> None:
+    """Replace `node` by the sum of these terms: what was merged in one call each, any other as it is."""
+    with edit.at(node):
+        total: Value | None = None
+        for term in terms:
+            kept = None if term.map.merged else term.map.node
+            part = emit(edit, term.map, node) if kept is None else edit.value(kept)
+            part = part if term.factor == 1 else part * term.factor
+            total = part if total is None else total + part
+        assert total is not None
+        edit.replace(node, total)
+
+
+def ingredients(maps: Sequence[AffineMap]) -> str:
+    """What maps are made of: `2 conv2d, batch_norm, add`."""
+    names = Counter(op_name(n) for m in maps for n in sorted(m.covers))
+    return ", ".join(f"{count} {name}" if count > 1 else name for name, count in names.items())
 
 
 def _embedding(edit: Editor, m: AffineMap, source: Value, kernel: Value, bias: Factor | None) -> Value:
@@ -163,7 +187,8 @@ def _full(edit: Editor, sizes: Sequence[int], fill: float, like: fx.Node) -> Val
     return edit.call(aten.full.default, list(sizes), fill, dtype=v.dtype, device=v.device)
 
 
-def _vector(edit: Editor, factor: Factor, size: int, like: fx.Node) -> Value:
+def as_vector(edit: Editor, factor: Factor, size: int, like: fx.Node) -> Value:
+    """One number per channel."""
     if isinstance(factor, Value) and factor.ndim == 1 and factor.shape[0] == size:
         return factor
     return _full(edit, [size], 1.0, like) * factor
@@ -280,4 +305,7 @@ def _surrounded(edit: Editor, kernel: Value, places: Sequence[Placement]) -> Val
     return edit.call(aten.constant_pad_nd.default, kernel, around) if any(around) else kernel
 
 
-__all__ = ["block_diagonal", "build", "emit", "frozen_norm", "scale_and_shift", "scale_inputs", "through"]
+__all__ = [
+    "Factor", "as_vector", "block_diagonal", "build", "call_with", "emit", "frozen_norm", "ingredients",
+    "scale_and_shift", "scale_inputs", "through", "write_terms",
+]  # fmt: skip
