@@ -103,15 +103,15 @@ def take_inventory(program: Program, model: str = "") -> Inventory:
 def _patterns(program: Program) -> Iterator[Pattern]:
     weights = weight_only(program)
     for node in program.graph.nodes:
-        kind = _kind(node)
+        kind = _kind(node, weights)
         if kind is not None and node not in weights:
             yield _pattern(kind, node, program, weights)
 
 
-def _kind(node: fx.Node) -> str | None:
+def _kind(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:
     if is_op(node, STANDARDIZE):
         return "layer_norm" if argument(node, "centre") else "rms_norm"
-    if is_op(node, aten.batch_norm) and argument(node, "training"):
+    if is_op(node, aten.batch_norm) and (argument(node, "training") or argument(node, "running_mean") not in weights):
         return None
     return next((kind for kind, packets in _OPERATORS.items() if is_op(node, *packets)), None)
 

@@ -101,13 +101,13 @@ def _takes_means(region: Region, root: fx.Node) -> bool:
 
 def _gain(gain: Factor, unit: float) -> tuple[float, Factor | None]:
     """(constant, side): the gain in units of the norm's own scale."""
-    scale, offset = _snap(gain.scale / unit), _snap(gain.offset / unit)
+    scale, offset = snapped(gain.scale / unit), snapped(gain.offset / unit)
     if gain.side is None:
         return scale, None
     return 1.0, Factor(gain.side, scale, offset, gain.axes)
 
 
-def _snap(number: float) -> float:
+def snapped(number: float) -> float:
     """A number that differs from a short one by rounding alone is the short one."""
     if number == 0:
         return 0.0
@@ -126,7 +126,7 @@ def _eps(found: Standardised, divisor: float, written: list[float]) -> tuple[Sta
     raw = square if found.place == "inside" else math.sqrt(square)
     if found.place == "clamp" and not _is_among(raw, written) and _is_among(square, written):
         found, raw = replace(found, place="floor"), square
-    return found, next((w for w in written if abs(w - raw) < 1e-9 * w), None) or _snap(raw)
+    return found, next((w for w in written if abs(w - raw) < 1e-9 * w), None) or snapped(raw)
 
 
 def _is_among(number: float, written: list[float]) -> bool:

@@ -32,6 +32,7 @@ _CANONICAL = (
     aten.layer_norm, aten.group_norm, aten.instance_norm, aten.softmax, aten.log_softmax, aten.logsumexp, aten.gelu,
     aten.silu, torch.ops.normfuse.rms_norm,
 )  # fmt: skip
+_MOST_ROOTS = 8
 _TIER = {"group_norm": 4, "instance_norm": 4, "layer_norm": 3, "crms_norm": 2, "rms_norm": 2, "l2_norm": 2}
 
 
@@ -48,6 +49,10 @@ class Candidate:
     @property
     def kind(self) -> str:
         return self.plan.kind if self.plan is not None else self.finding.kind
+
+    @property
+    def absorbs(self) -> bool:
+        return self.plan is not None and (self.plan.weight is not None or self.plan.bias is not None)
 
     def merit(self) -> tuple[Any, ...]:
         """What is preferred: a complete affine part, the dtype of the source, the more special kind, the smaller region."""
@@ -70,10 +75,12 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
     roles = Roles(program)
     probe = Probe(program, roles)
     for seed in list(program.graph.nodes):
-        if seed._erased or not seed.users or not is_seed(seed, roles):
-            continue
-        best = _best(seed, roles, probe)
-        if best is not None and edit.permit(best.root):
+        for _ in range(_MOST_ROOTS):  # two gains may share one set of statistics
+            if seed._erased or not seed.users or not is_seed(seed, roles):
+                break
+            best = _best(seed, roles, probe)
+            if best is None or not edit.permit(best.root):
+                break
             _replace(best, edit)
 
 
@@ -113,18 +120,22 @@ def _is_canonical(candidate: Candidate) -> bool:
     operators = [n for n in inside if is_op(n, *_CANONICAL)]
     if not operators:
         return False
-    absorbs = candidate.plan is not None and (candidate.plan.weight is not None or candidate.plan.bias is not None)
     given = any(len([i for i in n.all_input_nodes if i not in inside]) > 1 for n in operators)
-    return not absorbs or given
+    return not candidate.absorbs or given
 
 
 def _leaks(candidate: Candidate, others: list[Candidate]) -> bool:
-    """Is a smaller root of the same kind also read outside? Then that one is the norm, and this its reader."""
+    """Is a smaller root of the same kind also read outside? Then that one is the norm, and this its reader.
+
+    Unless each reader is a gain or a shift: then there are as many norms of the same statistics.
+    """
     inside = candidate.region.inside(candidate.root)
     for other in others:
         if other.root is candidate.root or other.root not in inside or other.kind != candidate.kind:
             continue
-        if any(reader not in inside for reader in readers(other.root)):
+        outside = [reader for reader in readers(other.root) if reader not in inside]
+        rest = [c.region.inside(c.root) for c in others if c.root is not other.root and c.absorbs]
+        if any(not any(reader in nodes for nodes in rest) for reader in outside):
             return True
     return False
 
