@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from normfuse.program import Program
 from normfuse.report import Report
 from normfuse.report.report import count_raised
 from normfuse.rewrite import Rule
-from normfuse.verification.numerics import EXACT, Verification, compare, relative_error
+from normfuse.verification.numerics import EXACT, Mismatch, Verification, compare, relative_error
 
 Model = nn.Module | ExportedProgram
 TRIALS = 3
@@ -47,7 +48,7 @@ def optimize(
     kwargs: Mapping[str, Any] | None = None,
     *,
     dynamic_shapes: Any = "auto",
-    passes: Sequence[str] | None = None,
+    passes: Sequence[str | Rule] | None = None,
     disable: Sequence[str] = (),
     backend: str = "torch",
     verify: bool = True,
@@ -91,7 +92,7 @@ def optimize_flat(
     args: tuple[Any, ...],
     *,
     dynamic_shapes: Any = "auto",
-    passes: Sequence[str] | None = None,
+    passes: Sequence[str | Rule] | None = None,
     disable: Sequence[str] = (),
     verify: bool = True,
 ) -> torch.fx.GraphModule:
@@ -132,7 +133,7 @@ def optimize_(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    passes: Sequence[str] | None = None,
+    passes: Sequence[str | Rule] | None = None,
     disable: Sequence[str] = (),
     verify: bool = True,
 ) -> Report:
@@ -248,8 +249,12 @@ def verify(
     own = original_run(right, captured)
     outputs = [own(leaves) for leaves in drawn.inputs]
     candidate64, limit = _candidate64(candidate, captured, drawn, left_args, left_kwargs)
+    try:
+        error64 = max(relative_error(candidate64, drawn.reference64), default=0.0)
+    except Mismatch as mismatch:
+        return Verification(False, math.inf, math.inf, math.inf, len(outputs), str(mismatch))
     return compare(
-        reference64=drawn.reference64, candidate64=candidate64, original=drawn.original, candidate=outputs, limit64=limit
+        reference64=drawn.reference64, error64=error64, original=drawn.original, candidate=outputs, limit64=limit
     )
 
 

@@ -8,6 +8,7 @@ that are needed at a time are ever computed, so that no second copy of an embedd
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,8 +21,9 @@ from normfuse.node import aten, argument, is_op, shape
 from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 
-_LARGE = 1 << 22  # elements: weights above this are computed in blocks of rows
-_KEEP = 1 << 20  # elements: computed weights below this are kept for their next reader
+_LARGE = 1 << 20  # elements: weights above this are computed in blocks of rows
+_KEEP = 1 << 16  # elements: computed weights below this are kept for their next reader
+_SPENT = 1 << 21  # elements: after so much has been promoted, freed memory is given back
 
 _PROMOTED = {
     torch.float16: torch.float64,
@@ -34,6 +36,7 @@ _ROWWISE_POINTWISE = (
     aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.rsqrt, aten.sqrt, aten.reciprocal, aten.square, aten.pow,
     aten.exp, aten.tanh, aten.erf, aten.clamp, aten.clamp_min, aten.to, aten._to_copy, aten.clone, aten.where, aten.abs,
 )  # fmt: skip
+_ROWWISE_MAPS = (aten.matmul, aten.mm)
 _ROWWISE_REDUCTIONS = (aten.mean, aten.sum, aten.var, aten.std, aten.linalg_vector_norm, aten.amax)
 _ROWWISE_NORMS = (aten.layer_norm, RMS_NORM)
 
@@ -61,6 +64,12 @@ def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return node.target(*pytree.tree_map(promote, args), **pytree.tree_map(promote, kwargs))  # type: ignore[operator]
 
 
+def give_back() -> None:
+    """Return freed memory to the system where the C library would keep it (glibc); elsewhere do nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class Weights:
     """float64 values of the parameter-only nodes of a program, whole or by rows."""
 
@@ -68,6 +77,15 @@ class Weights:
         self.tensors = program.tensors if tensors is None else tensors
         self.nodes = constants(program)
         self._kept: dict[fx.Node, Any] = {}
+        self._promoted = 0
+
+    def _promote(self, tensor: Tensor) -> Tensor:
+        """Count what is promoted: without this, freed blocks of a whole model pile up in the allocator."""
+        self._promoted += tensor.numel()
+        if self._promoted > _SPENT:
+            self._promoted = 0
+            give_back()
+        return promote(tensor)  # type: ignore[no-any-return]
 
     def whole(self, node: fx.Node) -> Any:
         """The value of a parameter-only node; intermediate values live no longer than their last reader."""
@@ -100,7 +118,7 @@ class Weights:
         return order
 
     def _leaf(self, node: fx.Node) -> Any:
-        return promote(self.tensors[str(node.target)])
+        return self._promote(self.tensors[str(node.target)])
 
     def _apply(self, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), memo.__getitem__)
@@ -123,6 +141,9 @@ class Weights:
         if is_op(node, *_ROWWISE_REDUCTIONS):
             axes = [int(a) % len(shape(source)) for a in _axes(node)]
             return bool(axes) and 0 not in axes
+        if is_op(node, *_ROWWISE_MAPS):
+            right = node.args[1]
+            return isinstance(right, fx.Node) and len(shape(right)) == 2
         if is_op(node, *_ROWWISE_NORMS):
             return len(shape(source)) > 1 and all(not self._has_rows(n, sizes) for n in node.all_input_nodes[1:])
         return False
@@ -135,7 +156,7 @@ class Weights:
     def rows(self, node: fx.Node, which: Any) -> Tensor:
         """Rows `which` (a slice or an index tensor) of a row-wise node."""
         if node.op == "get_attr":
-            return promote(self.tensors[str(node.target)][which])  # type: ignore[no-any-return]
+            return self._promote(self.tensors[str(node.target)][which])
         sizes = shape(node)
 
         def fetch(n: fx.Node) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from normfuse.analysis.zero_mean import mark_zero_mean
 from normfuse.bake import WeightProgram, bake
 from normfuse.errors import PassError, VerificationError
-from normfuse.evaluate import run_float64
+from normfuse.evaluate import give_back, run_float64
 from normfuse.lower.torch import fastest, graph_module
 from normfuse.program import Program
 from normfuse.raise_ import RULES
@@ -34,11 +35,21 @@ _NUMBERS = 64
 _MOST_TRIALS = 12
 
 
-def select(table: Sequence[Rule], names: Sequence[str] | None, disable: Sequence[str] = ()) -> tuple[Rule, ...]:
-    """The rules that run, in the table's order whatever the order of the names. Raises `PassError` for unknown names."""
-    known = {rule.name: rule for rule in table}
+def select(
+    table: Sequence[Rule], names: Sequence[str | Rule] | None, disable: Sequence[str] = ()
+) -> tuple[Rule, ...]:
+    """The rules that run, in the table's order whatever the order of the names. Raises `PassError` for unknown names.
+
+    A rule itself (a pass configured with options) stands in the place of the table's rule of its name; one that the
+    table does not know runs last.
+    """
     if isinstance(names, str) or isinstance(disable, str):
         raise PassError("passes and disable take lists of pass names")
+    given = {item.name: item for item in names or () if isinstance(item, Rule)}
+    names = None if names is None else [item.name if isinstance(item, Rule) else item for item in names]
+    table = [given.pop(rule.name, rule) for rule in table]
+    table += given.values()
+    known = {rule.name: rule for rule in table}
     for name in [*(names or ()), *disable]:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
@@ -111,12 +122,12 @@ class Pipeline:
             with self.timed("passes"):
                 unbaked = self.rewrite(raised, log)
             with self.timed("verify"):
-                problem, candidate64 = self._check64(unbaked, trials)
+                problem, error64 = self._check64(unbaked, trials)
             if not problem:
                 with self.timed("bake"):
                     baked, ledger = bake(unbaked)
                 with self.timed("verify"):
-                    verification = self._judge(baked, candidate64, trials)
+                    verification = self._judge(baked, error64, trials)
                 if verification is None or verification.equivalent:
                     break
                 problem = verification.reason
@@ -129,34 +140,34 @@ class Pipeline:
 
     # -- verification
 
-    def _check64(self, unbaked: Program, trials: Trials | None) -> tuple[str, list[Leaves]]:
+    def _check64(self, unbaked: Program, trials: Trials | None) -> tuple[str, float]:
+        """What is wrong with the rewritten program in float64 (nothing: ""), and its error."""
         if trials is None:
-            return "", []
+            return "", 0.0
         try:
-            candidate64 = run_float64(unbaked, trials.inputs)
-            error = max(relative_error(candidate64, trials.reference64), default=0.0)
+            error = max(relative_error(run_float64(unbaked, trials.inputs), trials.reference64), default=0.0)
         except Mismatch as mismatch:
-            return str(mismatch), []
+            return str(mismatch), math.inf
         except Exception as failure:  # a rewritten graph that does not even run is wrong
-            return f"the rewritten program fails: {failure!r:.200}", []
-        return ("" if error < EXACT else f"the float64 error {error:.1e} is above {EXACT:.0e}"), candidate64
+            return f"the rewritten program fails: {failure!r:.200}", math.inf
+        finally:
+            give_back()
+        return ("" if error < EXACT else f"the float64 error {error:.1e} is above {EXACT:.0e}"), error
 
-    def _judge(self, baked: Program, candidate64: list[Leaves], trials: Trials | None) -> Verification | None:
+    def _judge(self, baked: Program, error64: float, trials: Trials | None) -> Verification | None:
         if trials is None:
             return None
         candidate = run_native(baked, trials.inputs)
-        return compare(
-            reference64=trials.reference64, candidate64=candidate64, original=trials.original, candidate=candidate
-        )
+        return compare(reference64=trials.reference64, error64=error64, original=trials.original, candidate=candidate)
 
     def _guilty(
         self, raised: Program, log: Log, excluded: frozenset[tuple[str, str]], trials: Trials | None, problem: str
     ) -> tuple[str, str]:
         def is_right(program: Program) -> bool:
-            wrong, candidate64 = self._check64(program, trials)
+            wrong, error64 = self._check64(program, trials)
             if wrong:
                 return False
-            verdict = self._judge(bake(program)[0], candidate64, trials)
+            verdict = self._judge(bake(program)[0], error64, trials)
             return verdict is None or verdict.equivalent
 
         def build(limited: Log) -> Program:
@@ -213,9 +224,7 @@ def _enough(count: int, outputs: Leaves) -> int:
 def _check_capture(captured: Program, inputs: list[Leaves], own: list[Leaves], reference64: list[Leaves]) -> None:
     """The captured graph must be as close to float64 as the model itself: else what was captured is not the model."""
     try:
-        verdict = compare(
-            reference64=reference64, candidate64=reference64, original=run_native(captured, inputs), candidate=own
-        )
+        verdict = compare(reference64=reference64, error64=0.0, original=run_native(captured, inputs), candidate=own)
     except Exception as failure:
         raise VerificationError(f"the captured program does not run on inputs the model takes: {failure!r:.300}") from failure
     if not verdict and verdict.error_ratio > 8:

@@ -141,7 +141,7 @@ def _verify(result: Result, trials: Trials | None, run: Run, captures: Iterator[
     except Exception as failure:
         raise VerificationError(f"{_RESTORED}: it no longer runs: {failure!r:.200}") from failure
     verdict = compare(
-        reference64=trials.reference64, candidate64=trials.reference64, original=trials.original, candidate=outputs
+        reference64=trials.reference64, error64=0.0, original=trials.original, candidate=outputs
     )
     if not verdict or not error < EXACT:
         why = verdict.reason or f"in float64 it differs by {error:.1e} from the rewritten program"

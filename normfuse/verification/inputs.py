@@ -12,19 +12,17 @@ from normfuse.program import Leaf, Signature
 
 Leaves = list[Any]
 _IMAGE_RANK = 4
+_LONGEST = 8  # a sequence of this length shows as much as a longer one and costs less memory
 
 
 def draws(signature: Signature, example: Leaves, trials: int, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
-    """The example; then other values; then other values at other sizes, where the signature and the model allow them."""
+    """The example; then other values, at other (smaller) sizes where the signature and the model allow them."""
     yield example
     generator = torch.Generator().manual_seed(20_240_229)
     for trial in range(1, trials):
         drawn = [_redraw(leaf, given, generator) for leaf, given in zip(signature.leaves, example, strict=True)]
-        if trial % 2 == 0:
-            resized = _resized(signature, drawn)
-            if resized is not None and accepts(resized):
-                drawn = resized
-        yield drawn
+        resized = _resized(signature, drawn, shrink=trial)
+        yield resized if resized is not None and accepts(resized) else drawn
 
 
 def _redraw(leaf: Leaf, given: Any, generator: torch.Generator) -> Any:
@@ -46,8 +44,8 @@ def _redraw(leaf: Leaf, given: Any, generator: torch.Generator) -> Any:
     return drawn.to(given.dtype).to(given.device)
 
 
-def _resized(signature: Signature, leaves: Leaves) -> Leaves | None:
-    """Other sizes wherever they are free: a batch of one (or two), any other size one smaller (no table forbids that)."""
+def _resized(signature: Signature, leaves: Leaves, shrink: int) -> Leaves | None:
+    """Other sizes wherever they are free: a batch of one (or two), any other size smaller (no table forbids that)."""
     free = {size for leaf in signature.leaves for size in leaf.sizes if isinstance(size, str)}
     if not free:
         return None
@@ -61,6 +59,7 @@ def _resized(signature: Signature, leaves: Leaves) -> Leaves | None:
             if size in batch:
                 tensor = tensor.narrow(axis, 0, 1) if tensor.shape[axis] > 1 else torch.cat([tensor, tensor], axis)
             elif tensor.shape[axis] > 2 and len(leaf.sizes) < _IMAGE_RANK:
-                tensor = tensor.narrow(axis, 0, tensor.shape[axis] - 1)
+                smaller = max(2, min(_LONGEST, tensor.shape[axis]) - shrink)
+                tensor = tensor.narrow(axis, 0, min(smaller, tensor.shape[axis]))
         out.append(tensor.contiguous() if isinstance(tensor, Tensor) else tensor)
     return out

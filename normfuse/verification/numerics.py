@@ -14,6 +14,9 @@ EXACT = 1e-10
 """Limit of the relative error in float64 of an exact rewrite: five digits above float64's own rounding, six below the
 smallest mistake (a scale off by 1e-6) that must be caught."""
 
+_CHUNK = 1 << 20
+"""Elements compared at a time: no float64 copy of a large output comes into being."""
+
 RATIO = 2.0
 """Limit of the error in the model's own dtype, in units of the original's own error."""
 
@@ -77,12 +80,21 @@ def _squares(got: Any, wanted: Any, place: int) -> tuple[float, float]:
         if got.dtype != wanted.dtype or not torch.equal(got, wanted):
             raise Mismatch(f"output {place} ({wanted.dtype}) is not identical")
         return 0.0, 0.0
-    a, b = got.detach().to(torch.complex128 if wanted.is_complex() else torch.float64), wanted.detach()
-    b = b.to(a.dtype)
+    flat_got, flat_wanted = got.detach().reshape(-1), wanted.detach().reshape(-1)
+    square, norm = 0.0, 0.0
+    for start in range(0, flat_wanted.numel(), _CHUNK):
+        s, n = _chunk_squares(flat_got[start : start + _CHUNK], flat_wanted[start : start + _CHUNK], place)
+        square, norm = square + s, norm + n
+    return square, norm
+
+
+def _chunk_squares(got: Tensor, wanted: Tensor, place: int) -> tuple[float, float]:
+    wide = torch.complex128 if wanted.is_complex() else torch.float64
+    a, b = got.to(wide), wanted.to(wide)
     finite = torch.isfinite(b)
     if not bool(finite.all()) or not bool(torch.isfinite(a).all()):
-        same = torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(a[torch.isinf(a)], b[torch.isinf(b)])
-        if not same or not torch.equal(torch.isinf(a), torch.isinf(b)):
+        same = torch.equal(torch.isnan(a), torch.isnan(b)) and torch.equal(torch.isinf(a), torch.isinf(b))
+        if not same or not torch.equal(a[torch.isinf(a)], b[torch.isinf(b)]):
             raise Mismatch(f"output {place} has NaN or infinity in other places")
         a, b = a[finite], b[finite]
     return float(torch.linalg.vector_norm(a - b) ** 2), float(torch.linalg.vector_norm(b) ** 2)
@@ -93,7 +105,7 @@ def max_abs_error(candidate: Sequence[Sequence[Any]], reference: Sequence[Sequen
     for got, wanted in zip(candidate, reference, strict=True):
         for a, b in zip(got, wanted, strict=True):
             if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
-                difference = (a.double() - b.double()).abs()
+                difference = (a - b).abs()
                 worst = max(worst, float(difference[torch.isfinite(difference)].amax()) if difference.numel() else 0.0)
     return worst
 
@@ -115,15 +127,14 @@ def _rounding(dtype: torch.dtype) -> float:
 def compare(
     *,
     reference64: Sequence[Sequence[Any]],
-    candidate64: Sequence[Sequence[Any]],
+    error64: float,
     original: Sequence[Sequence[Any]],
     candidate: Sequence[Sequence[Any]],
     limit64: float = EXACT,
 ) -> Verification:
-    """Judge a candidate from the flat outputs of both models, in float64 and in their own dtype, trial by trial."""
+    """Judge a candidate by its error in float64 and by the outputs of both models in their own dtype, trial by trial."""
     trials = len(reference64)
     try:
-        error64 = max(relative_error(candidate64, reference64), default=0.0)
         own = relative_error(candidate, reference64)
         theirs = relative_error(original, reference64)
         relative_error(candidate, original)  # dtypes of integers, shapes and NaN against the original itself
