@@ -3,37 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from normfuse.lower.onnx import operators, simplify
+from normfuse.lower.onnx.attention import lower_attention
+from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.linear import lower_linear, unflatten_products
+from normfuse.lower.onnx.masks import recognise_causal
+from normfuse.lower.onnx.tensors import constant
 from normfuse.node import argument, aten, dtype, is_op, rank, value
 from normfuse.ops import RMS_NORM, decompose
-from normfuse.program import Origin, Program
+from normfuse.program import Program
 from normfuse.rewrite import Editor, Log, Value
 from normfuse.structure import check_structure
-
-
-@dataclass
-class Choice:
-    """What the form is made for, and what was decided on the way."""
-
-    target: str
-    opset: int
-    decisions: list[str] = field(default_factory=list)
 
 
 def onnx_form(program: Program, choice: Choice) -> Program:
     """A copy of the program in the operators that `translations` prints, and aten operators that torch's exporter does."""
     form = program.copy()
     edit = Editor(form, "lower_onnx", Log())
+    unflatten_products(form, edit)
+    recognise_causal(form, edit)
+    lower_attention(form, edit, choice)
+    lower_linear(form, edit)
     for node in list(form.graph.nodes):
         if node._erased or node.op != "call_function":
             continue
         with edit.at(node):
-            new = _norm(node, edit, choice) or simplify.gather(node, edit)
+            new = _norm(node, edit, choice) or simplify.gather(node, edit) or simplify.reshape(node, edit)
             if new is None and getattr(node.target, "namespace", "") == "normfuse":
                 new = decompose(node, edit)
             if new is not None:
@@ -90,21 +89,6 @@ def _ones(edit: Editor, x: fx.Node, axes: Sequence[int]) -> Value | None:
         return None
     name = f"normfuse_ones_{'x'.join(str(s) for s in sizes)}_{str(wanted).removeprefix('torch.')}"
     return edit.value(constant(edit.program, name, torch.ones(sizes, dtype=wanted)))
-
-
-def constant(program: Program, name: str, tensor: Tensor) -> fx.Node:
-    """A tensor of the form's own, once per name."""
-    for node in program.graph.nodes:
-        if node.op == "get_attr" and node.target == name:
-            return node  # type: ignore[no-any-return]
-    program.tensors[name] = tensor
-    program.origins[name] = Origin((name,), "buffer")
-    first = next(n for n in program.graph.nodes if n.op != "placeholder")
-    with program.graph.inserting_before(first):
-        node = program.graph.create_node("get_attr", name, (), {}, name=name)
-    with program.fake_mode:
-        node.meta = {"val": torch.empty(tensor.shape, dtype=tensor.dtype), "site_name": name}
-    return node
 
 
 # -- outputs

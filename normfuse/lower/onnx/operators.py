@@ -6,6 +6,7 @@ They exist only inside `write_onnx`. The exporter decomposes what it does not kn
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,3 +41,57 @@ LAYER_NORM = _define(
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, int axis, float eps) -> Tensor", _layer_norm, _like_first
 )
 RMS_NORM = _define("rms_norm(Tensor x, Tensor weight, int axis, float eps) -> Tensor", _rms_norm, _like_first)
+
+
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_heads: int, kv_heads: int, causal: bool, scale: float
+) -> Tensor:
+    flat = q.dim() == 3
+    heads = [t.unflatten(2, (n, -1)).transpose(1, 2) for t, n in ((q, q_heads), (k, kv_heads), (v, kv_heads))]
+    heads = heads if flat else [q, k, v]
+    y = functional.scaled_dot_product_attention(
+        *heads, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q_heads != kv_heads
+    )
+    return y.transpose(1, 2).flatten(2) if flat else y
+
+
+def _attention_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_heads: int, kv_heads: int, causal: bool, scale: float
+) -> Tensor:
+    if q.dim() == 4:
+        return q.new_empty((*q.shape[:3], v.shape[3]))
+    return q.new_empty((q.shape[0], q.shape[1], q_heads * (v.shape[2] // kv_heads)))
+
+
+def _gemm(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x, weight, bias)
+
+
+def _gemm_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+ATTENTION = _define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, int q_heads, int kv_heads, bool causal, float scale) -> Tensor",
+    _attention,
+    _attention_fake,
+)
+"""Heads (batch, heads, length, width), or side by side (batch, length, heads * width)."""
+
+GEMM = _define("gemm(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _gemm, _gemm_fake)
+
+
+def _reshape(x: Tensor, sizes: list[int]) -> Tensor:
+    return x.reshape([x.shape[i] if size == 0 else size for i, size in enumerate(sizes)])
+
+
+def _reshape_fake(x: Tensor, sizes: list[int]) -> Tensor:
+    known = [x.shape[i] if size == 0 else size for i, size in enumerate(sizes)]
+    if -1 in sizes:
+        rest = math.prod(s for s, size in zip(known, sizes, strict=True) if size != -1)
+        known[sizes.index(-1)] = x.numel() // rest
+    return x.new_empty(known)
+
+
+RESHAPE = _define("reshape(Tensor x, int[] sizes) -> Tensor", _reshape, _reshape_fake)
+"""Sizes as ONNX has them: 0 is the input's own at that place, -1 what is left."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.errors import LoweringError
-from normfuse.lower.onnx.form import Choice
+from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.write import build, check_request
 from normfuse.program import Program
 
@@ -43,7 +43,6 @@ class Runtime:
         model, self.seconds = build(program, self.choice)
         self._inputs = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
         self._outputs = list(program.output.args[0])  # type: ignore[arg-type]
-        self._alive: list[Any] = []
         self.session = self._session(model)
         self._input_names = [str(i.name) for i in self.session.get_inputs()]
         self._output_names = [str(o.name) for o in self.session.get_outputs()]
@@ -73,7 +72,6 @@ class Runtime:
             if not isinstance(raw, Tensor) or weight.nbytes < _SHARED or not raw.is_contiguous():
                 continue
             shared = to_ort(raw.detach())
-            self._alive.append(raw)
             names.append(name)
             values.append(shared)
             initializer.const_value = ir.ExternalTensor(

@@ -26,7 +26,23 @@ def translations(opset: int) -> Table:
             return function(x, weight, axes=list(range(axis, 0)), epsilon=eps)
         return op.RMSNormalization(x, weight, axis=axis, epsilon=eps)
 
-    return {operators.LAYER_NORM.default: layer_norm, operators.RMS_NORM.default: rms_norm}
+    def attention(q: Any, k: Any, v: Any, mask: Any, q_heads: int, kv_heads: int, causal: bool, scale: float) -> Any:
+        counts = {"q_num_heads": q_heads, "kv_num_heads": kv_heads} if len(q.shape) == 3 else {}
+        return op.Attention(q, k, v, mask, is_causal=int(causal), scale=scale, **counts)[0]
+
+    def gemm(x: Any, weight: Any, bias: Any) -> Any:
+        return op.Gemm(x, weight, bias, transB=1)
+
+    def reshape(x: Any, sizes: list[int]) -> Any:
+        return op.Reshape(x, op.Constant(value_ints=sizes))
+
+    return {
+        operators.RESHAPE.default: reshape,
+        operators.LAYER_NORM.default: layer_norm,
+        operators.RMS_NORM.default: rms_norm,
+        operators.ATTENTION.default: attention,
+        operators.GEMM.default: gemm,
+    }
 
 
 def _operator(domain: str, name: str, *, inputs: int, optional: int = 0, **attributes: str) -> Any:

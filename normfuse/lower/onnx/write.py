@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from normfuse.errors import LoweringError
 from normfuse.lower.exported import to_exported
-from normfuse.lower.onnx.form import Choice, onnx_form
+from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.form import onnx_form
 from normfuse.lower.onnx.translations import add_functions, translations
 from normfuse.program import Program
 
@@ -160,10 +161,32 @@ def _translate(form: Program, choice: Choice) -> Any:
                 opset_version=choice.opset,
                 custom_translation_table=translations(choice.opset),
                 verbose=False,
+                optimize=False,  # its fusions are not exact: a rotary embedding whose tables serve every batch breaks
             )
+            _clean(written.model)
     except Exception as error:
         raise LoweringError(f"the model cannot be written as ONNX: {_reason(error)}") from error
     return written.model
+
+
+def _clean(model: Any) -> None:
+    """Fold what is known, drop what nobody reads, tell things once."""
+    import onnx_ir.passes as ir_passes
+    from onnx_ir.passes import common
+    from onnxscript import optimizer
+
+    optimizer.fold_constants(model)
+    ir_passes.Sequential(
+        common.IdentityEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.RemoveUnusedNodesPass(),
+        common.RemoveUnusedOpsetsPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
 
 
 def _reason(error: BaseException) -> str:
