@@ -160,7 +160,8 @@ class Weights:
         sizes = shape(node)
 
         def fetch(n: fx.Node) -> Any:
-            by_row = self.rowwise(n) and (self._has_rows(n, sizes) or not is_op(node, *_ROWWISE_POINTWISE) and n is node.args[0])
+            pointwise = is_op(node, *_ROWWISE_POINTWISE)
+            by_row = self.rowwise(n) and (self._has_rows(n, sizes) if pointwise else n is node.args[0])
             return self.rows(n, which) if by_row else self.whole(n)
 
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fetch)

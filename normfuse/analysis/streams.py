@@ -47,8 +47,14 @@ class Stream:
     readers: list[Reader] = field(default_factory=list)
 
 
-def stream_of(tensor: fx.Node, axis: int, weights: frozenset[fx.Node]) -> Stream:
-    """The stream that `tensor` belongs to with its channels along `axis`."""
+def stream_of(
+    tensor: fx.Node, axis: int, weights: frozenset[fx.Node], through: frozenset[fx.Node] = frozenset()
+) -> Stream:
+    """The stream that `tensor` belongs to with its channels along `axis`.
+
+    `through`: operators that commute with the map one has in mind, from their first input to the same axis of their
+    result, although they are no carriers (a norm without gain, for rotations).
+    """
     val = tensor.meta["val"]
     stream = Stream(val.shape[axis])
     pending = [(tensor, axis)]
@@ -60,6 +66,8 @@ def stream_of(tensor: fx.Node, axis: int, weights: frozenset[fx.Node]) -> Stream
             continue
         stream.tensors[node] = at
         operands = None if node in weights else carried_operands(node, at)
+        if node in through:
+            operands = [(node.all_input_nodes[0], at)]
         if operands is None:
             writers[Writer(node, at)] = None
         for source, source_axis in operands or []:
@@ -69,6 +77,8 @@ def stream_of(tensor: fx.Node, axis: int, weights: frozenset[fx.Node]) -> Stream
                 pending.append((source, source_axis))
         for user in readers(node):
             target = None if user.op == "output" else carried_to(user, node, at)
+            if user in through:
+                target = at
             if target is None:
                 outs[Reader(user, node, at)] = None
             else:

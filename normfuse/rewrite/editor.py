@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.node import arguments, aten, is_weight, rank, shape, value
-from normfuse.program import Program
+from normfuse.program import Origin, Program
 from normfuse.rewrite.record import FiringKey, Log
 
 
@@ -102,6 +102,7 @@ class Editor:
         self._anchor: fx.Node | None = None
         self._made: dict[Any, fx.Node] = {}
         self._firing: FiringKey | None = None
+        self._replaced: dict[fx.Node, fx.Node] = {}
 
     # -- what may be done, and what was done
 
@@ -157,6 +158,22 @@ class Editor:
         kwargs = {p.name: given[p.name] for p in parameters if p.kwarg_only and given[p.name] is not None}
         return self.call(node.target, *args, **kwargs)
 
+    def constant(self, tensor: Tensor, name: str) -> Value:
+        """A tensor that is no part of the model (a rotation, scales from calibration), as a weight of the program."""
+        taken, count = self.program.tensors, 1
+        target = f"{self.pass_name}.{name}"
+        while target in taken:
+            count += 1
+            target = f"{self.pass_name}.{name}{count}"
+        taken[target] = tensor.detach()
+        self.program.origins[target] = Origin((target,), "constant", persistent=False)
+        first = next(n for n in self.program.graph.nodes if n.op != "placeholder")
+        with self.program.graph.inserting_before(first):
+            node = self.program.graph.create_node("get_attr", target, (), {}, name=target.replace(".", "_"))
+        node.meta = {"val": self.program.fake_mode.from_tensor(tensor.detach()), "site_name": target}
+        self.changed = True
+        return Value(node, self)
+
     def mark_weight(self, node: fx.Node) -> None:
         """`bake` shall evaluate this parameter-only node, although no pass made it."""
         node.meta["bake"] = True
@@ -202,9 +219,16 @@ class Editor:
         """Every reader of `old` reads `new`; what nobody reads any more goes away."""
         node = new.node if isinstance(new, Value) else new
         node.meta.setdefault("anchor", anchor_name(old))
+        self._replaced[old] = node
         old.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
         self.changed = True
         self.remove_dead(old)
+        return node
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """What stands in the place of `node` now, if this pass has replaced it."""
+        while node in self._replaced and node._erased:
+            node = self._replaced[node]
         return node
 
     def replace_input(self, reader: fx.Node, old: fx.Node, new: fx.Node | Value) -> None:

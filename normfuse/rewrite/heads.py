@@ -1,0 +1,69 @@
+"""Taking blocks of rows (heads) out of a weight and putting other ones in their place, as weight programs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from normfuse.analysis.heads import ValueHeads
+from normfuse.analysis.projections import Projection
+from normfuse.node import aten
+from normfuse.rewrite.editor import Editor, Value
+
+
+def take(edit: Editor, weight: Value, axis: int, index: Tensor) -> Value:
+    """Slices of `weight` along `axis` at `index` (any shape): index.shape + (everything else, flat)."""
+    first = weight.transpose(0, axis) if axis else weight
+    rows = edit.call(aten.index_select.default, first, 0, _constant(edit, index.flatten()))
+    return rows.reshape(*index.shape, -1)
+
+
+def put(edit: Editor, weight: Value, axis: int, index: Tensor, blocks: Value) -> Value:
+    """`weight` with `blocks`, shaped as `take` returned them, in the place of those slices."""
+    first = weight.transpose(0, axis) if axis else weight
+    rows = blocks.reshape(index.numel(), *first.shape[1:])
+    changed = edit.call(aten.index_copy.default, first, 0, _constant(edit, index.flatten()), rows)
+    return changed.transpose(0, axis) if axis else changed
+
+
+def map_outputs(edit: Editor, found: Projection, index: Tensor, left: Value) -> dict[str, Value]:
+    """Arguments of the projection whose outputs at `index` (head, channel) are `left` times what they were."""
+    weight = edit.value(found.weight)
+    blocks = take(edit, weight, found.out_axis, index)
+    changed = {found.weight_name: put(edit, weight, found.out_axis, index, left @ blocks)}
+    if found.bias_name is not None and found.bias is not None:
+        bias = edit.value(found.bias)
+        changed[found.bias_name] = put(edit, bias, 0, index, left @ take(edit, bias, 0, index))
+    return changed
+
+
+def map_inputs(edit: Editor, found: Projection, index: Tensor, left: Value) -> dict[str, Value]:
+    """Arguments of the projection whose weights for the inputs at `index` are `left` times what they were."""
+    weight = edit.value(found.weight)
+    blocks = take(edit, weight, found.in_axis, index)
+    return {found.weight_name: put(edit, weight, found.in_axis, index, left @ blocks)}
+
+
+def map_value_heads(edit: Editor, pair: ValueHeads, value_map: Value, output_map: Value) -> None:
+    """v <- value_map v per head, and the weights that read a head <- output_map times them."""
+    _rebuild(edit, pair.writer, lambda found: map_outputs(edit, found, pair.rows, value_map))
+    for reader, columns in pair.readers:
+        _rebuild(edit, reader, lambda found, columns=columns: map_inputs(edit, found, columns, output_map))
+
+
+def _rebuild(edit: Editor, found: Projection, arguments: Callable[[Projection], dict[str, Value]]) -> None:
+    found = replace(found, node=edit.current(found.node))
+    with edit.at(found.node):
+        edit.replace(found.node, edit.rebuild(found.node, **arguments(found)))
+
+
+def _constant(edit: Editor, index: Tensor) -> Value:
+    for name, known in edit.program.tensors.items():
+        if name.startswith(f"{edit.pass_name}.index") and known.shape == index.shape and torch.equal(known, index):
+            node = next((n for n in edit.program.graph.nodes if n.op == "get_attr" and n.target == name), None)
+            if node is not None:
+                return edit.value(node)
+    return edit.constant(index, "index")
