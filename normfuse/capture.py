@@ -157,10 +157,10 @@ def _auto(model: nn.Module, args: Any, kwargs: Any, free: Callable[[Tensor], ran
 
 
 def _purely_convolutional(program: Program) -> bool:
-    """Free image sizes are cheap to export where no view, window or attention depends on them."""
+    """Free image sizes are cheap to export where no window and no attention depends on them."""
     images = any(leaf.is_tensor and len(leaf.sizes) == _CONVOLUTIONAL_RANK for leaf in program.signature.leaves)
     aten = torch.ops.aten
-    bound = (aten.view, aten.reshape, aten.roll, aten.scaled_dot_product_attention, aten.matmul, aten.softmax, aten.permute)
+    bound = (aten.roll, aten.scaled_dot_product_attention, aten.matmul, aten.bmm, aten.softmax)
     return images and not any(is_op(node, *bound) for node in program.graph.nodes)
 
 

@@ -93,6 +93,7 @@ class Pipeline:
         self.rules = rules
         self.named = named
         self.seconds = seconds if seconds is not None else {}
+        self.not_raised: frozenset[FiringKey] = frozenset()
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -102,10 +103,10 @@ class Pipeline:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
-    def raise_(self) -> tuple[Program, Log]:
+    def raise_(self, log: Log | None = None) -> tuple[Program, Log]:
         with self.timed("raise"):
             program = self.captured.copy()
-            return program, run_passes(program, RULES)
+            return program, run_passes(program, RULES, log or Log(excluded=self.not_raised))
 
     def rewrite(self, raised: Program, log: Log) -> Program:
         program = raised.copy()
@@ -132,9 +133,14 @@ class Pipeline:
                     break
                 problem = verification.reason
             with self.timed("verify"):
-                key = self._guilty(raised, log, excluded, trials, problem)
-            rolled_back.append(Refusal(key[0], log.sites.get(key, key[1]), f"rolled back, {problem}"))
-            excluded |= {key}
+                key = self._guilty(raised, log, raised_log, excluded, trials, problem)
+            sites = raised_log.sites | log.sites
+            rolled_back.append(Refusal(key[0], sites.get(key, key[1]), f"rolled back, {problem}"))
+            if key in raised_log.permits:
+                self.not_raised |= {key}
+                raised, raised_log = self.raise_()
+            else:
+                excluded |= {key}
         self.seconds |= log.seconds
         return Result(unbaked, baked, ledger, log, raised_log, verification, rolled_back, self.seconds)
 
@@ -161,8 +167,16 @@ class Pipeline:
         return compare(reference64=trials.reference64, error64=error64, original=trials.original, candidate=candidate)
 
     def _guilty(
-        self, raised: Program, log: Log, excluded: frozenset[tuple[str, str]], trials: Trials | None, problem: str
-    ) -> tuple[str, str]:
+        self,
+        raised: Program,
+        log: Log,
+        raised_log: Log,
+        excluded: frozenset[FiringKey],
+        trials: Trials | None,
+        problem: str,
+    ) -> FiringKey:
+        """The rewrite to blame: a pass's, or, where the raised program is wrong before any pass, a raising's."""
+
         def is_right(program: Program) -> bool:
             wrong, error64 = self._check64(program, trials)
             if wrong:
@@ -170,12 +184,11 @@ class Pipeline:
             verdict = self._judge(bake(program)[0], error64, trials)
             return verdict is None or verdict.equivalent
 
-        def build(limited: Log) -> Program:
-            return self.rewrite(raised, limited)
-
-        if not log.permits or not is_right(build(Log(limit=0, excluded=excluded))):
+        if is_right(self.rewrite(raised, Log(limit=0, excluded=excluded))):
+            return first_wrong(lambda limited: self.rewrite(raised, limited), is_right, excluded, len(log.permits))
+        if not raised_log.permits or not is_right(self.captured.copy()):
             raise VerificationError(f"the captured model itself does not compute what the model does: {problem}")
-        return first_wrong(build, is_right, excluded, len(log.permits))
+        return first_wrong(lambda limited: self.raise_(limited)[0], is_right, self.not_raised, len(raised_log.permits))
 
 
 def run_native(program: Program, trials: Sequence[Leaves]) -> list[Leaves]:
