@@ -13,21 +13,31 @@ if __name__ != "normfuse.passes":
 from . import (
     bake_weights,
     fold_batch_norm,
+    fold_batch_norm_forward,
+    fold_layer_scale,
     fold_norm_affine,
+    fold_scalars,
     layer_norm_to_rms_norm,
     merge_branches,
     merge_linears,
     merge_lora,
+    migrate_scales,
     remove_inference_noops,
+    rotate_residual,
 )
 
 TABLE: tuple[Rule, ...] = (
     remove_inference_noops.RULE,
     bake_weights.RULE,
     merge_lora.RULE,
+    fold_scalars.RULE,
     fold_batch_norm.RULE,
     merge_branches.RULE,
+    fold_layer_scale.RULE,
+    fold_batch_norm_forward.RULE,
     merge_linears.RULE,
     layer_norm_to_rms_norm.RULE,
     fold_norm_affine.RULE,
+    rotate_residual.RULE,
+    migrate_scales.RULE,
 )

@@ -1,0 +1,122 @@
+"""Where a factor on a tensor can go instead: back through linear operators into the weights that write the tensor.
+
+Every linear operator lets a common factor through: of a sum both operands take it, of a product one. The way ends in
+weights: of projections, embeddings, gains of norms, or parameters themselves. A tensor on the way may be read by nobody
+off the way, because he would see the factor too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from normfuse.analysis.projections import projection
+from normfuse.analysis.streams import Writer
+from normfuse.analysis.writers import Writers
+from normfuse.node import argument, arguments, aten, is_getitem, is_op, op_name, rank, readers, site
+
+NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm, aten.batch_norm, aten.group_norm)
+_PRODUCTS = (aten.mul, aten.matmul, aten.bmm)
+_SUMS = (aten.add, aten.sub)
+_ALONE = (
+    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.contiguous, aten.clone,
+    aten.unsqueeze, aten.squeeze, aten.t, aten.slice, aten.select, aten.expand, aten.roll, aten.flip, aten.neg,
+    aten.mean, aten.sum, aten.repeat, aten.repeat_interleave, aten.split, aten.split_with_sizes, aten.chunk,
+    aten.unbind, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d,
+)  # fmt: skip
+
+
+@dataclass
+class Sources:
+    """What must be scaled: projections, embeddings, pieces of projections, parameters by reader; norms with a gain."""
+
+    writers: list[Writer] = field(default_factory=list)
+    norms: list[fx.Node] = field(default_factory=list)
+    way: set[fx.Node] = field(default_factory=set)
+
+    def copy(self) -> Sources:
+        return Sources(list(self.writers), list(self.norms), set(self.way))
+
+
+def sources_of(tensor: fx.Node, reader: fx.Node, known: Writers) -> Sources | str:
+    """What writes `tensor`, of which `reader` alone wants a multiple; or why no weights can give it."""
+    found = Sources()
+    reason = _visit(tensor, found, known)
+    if reason is not None:
+        return reason
+    for node in found.way:
+        other = next((user for user in readers(node) if user is not reader and user not in found.way), None)
+        if other is not None:
+            return f"{op_name(node)} at {site(node)} is also read by {op_name(other)} at {site(other)}"
+    return found
+
+
+def _visit(node: fx.Node, found: Sources, known: Writers) -> str | None:
+    if node in found.way:
+        return None
+    if is_getitem(node) and known.piece_of_projection(node, rank(node) - 1) is not None:
+        found.way.add(node)
+        found.writers.append(Writer(node, rank(node) - 1))
+        return known.why_not(found.writers[-1])
+    found.way.add(node)
+    if projection(node, None, known.weights) is not None or _is_lookup(node, known):
+        found.writers.append(Writer(node, 1 if is_op(node, *_CONVOLVING) else rank(node) - 1))
+        return None
+    if is_op(node, *NORMS) and argument(node, "weight") in known.weights:
+        found.norms.append(node)
+        return None
+    if is_op(node, *_PRODUCTS):
+        return _visit_product(node, found, known)
+    operands = _operands(node)
+    if operands is None:
+        return f"{op_name(node)} at {site(node)} has no weights that could take the factor"
+    return next((why for operand in operands if (why := _visit_operand(operand, node, found, known))), None)
+
+
+_CONVOLVING = (
+    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
+)  # fmt: skip
+
+
+def _is_lookup(node: fx.Node, known: Writers) -> bool:
+    return is_op(node, aten.embedding) and argument(node, "weight") in known.weights
+
+
+def _visit_operand(operand: fx.Node, reader: fx.Node, found: Sources, known: Writers) -> str | None:
+    if operand in known.weights:
+        found.writers.append(Writer(operand, rank(operand) - 1, reader))
+        return None
+    return _visit(operand, found, known)
+
+
+def _visit_product(node: fx.Node, found: Sources, known: Writers) -> str | None:
+    """One factor of a product takes it: the first that can."""
+    reason = f"{op_name(node)} at {site(node)} has no factor that could take the factor"
+    for operand in node.args[:2]:
+        if not isinstance(operand, fx.Node) or operand in known.weights:
+            continue
+        attempt = found.copy()
+        why = _visit(operand, attempt, known)
+        if why is None:
+            found.writers, found.norms, found.way = attempt.writers, attempt.norms, attempt.way
+            return None
+        reason = why
+    return reason
+
+
+def _operands(node: fx.Node) -> list[fx.Node] | None:
+    """The operands that must all take the factor for the result to have it."""
+    if is_getitem(node) or is_op(node, *_ALONE):
+        return [node.args[0]]  # type: ignore[list-item]
+    if is_op(node, aten.dropout, aten.feature_dropout):
+        return [node.args[0]] if argument(node, "train") is False else None  # type: ignore[list-item]
+    if is_op(node, aten.div):
+        return [node.args[0]] if arguments(node).get("rounding_mode") is None else None  # type: ignore[list-item]
+    if is_op(node, *_SUMS):
+        both = [argument(node, "self"), argument(node, "other")]
+        return both if all(isinstance(x, fx.Node) for x in both) else None
+    if is_op(node, aten.cat, aten.concat, aten.stack):
+        return list(argument(node, "tensors"))
+    return None
