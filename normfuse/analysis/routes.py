@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import Projection, projection
-from normfuse.node import argument, aten, is_getitem, is_op, rank, readers, value
+from normfuse.node import argument, aten, is_getitem, is_op, rank, readers, same_size, shape, value
 from normfuse.program import Program
 
 _MOVES = (
@@ -141,7 +141,9 @@ def _size(size: Any) -> int:
 def _move(node: fx.Node, labels: Any, source: fx.Node, scales: bool) -> Any:
     if is_getitem(node):
         return labels[int(node.args[1])] if isinstance(labels, tuple | list) else None  # type: ignore[arg-type]
-    if is_op(node, *_SAME) or _times_one_number(node, source) or (scales and _commutes_with_scales(node, source)):
+    if is_op(node, *_SAME) and value(node).is_floating_point():
+        return labels
+    if _times_one_number(node, source) or (scales and _commutes_with_scales(node, source)):
         return labels
     if not is_op(node, *_MOVES) or not isinstance(labels, Tensor):
         return None
@@ -170,7 +172,11 @@ def _commutes_with_scales(node: fx.Node, source: fx.Node) -> bool:
     if not is_op(node, aten.mul, aten.div) or node.kwargs.get("rounding_mode") is not None:
         return False
     first = is_op(node, aten.mul) or node.args[0] is source
-    return first and node.args[0] is not node.args[1] and value(node).shape == value(source).shape
+    return first and node.args[0] is not node.args[1] and _same_shape(node, source)
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    return rank(a) == rank(b) and all(same_size(x, y) for x, y in zip(shape(a), shape(b), strict=True))
 
 
 def _distinct_rows(labels: Tensor) -> Tensor:
