@@ -37,7 +37,7 @@ def pass_table() -> tuple[Rule, ...]:
     """Every pass in the order in which they run; installed plug-ins (group `normfuse.passes`) stand last."""
     from importlib.metadata import entry_points
 
-    from normfuse.passes import TABLE
+    from normfuse.passes import TABLE  # pyright: ignore[reportMissingImports]
 
     return (*TABLE, *(point.load() for point in entry_points(group="normfuse.passes")))
 

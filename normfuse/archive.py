@@ -31,9 +31,9 @@ def save(optimized: Optimized, path: Path) -> None:
         "parameters": _parameters(optimized.program.signature.parameters),
     }
     extra = {_REPORT: json.dumps(saved, default=str)}
-    with write_beside(path.with_suffix(".pt2") if not path.suffix else path, LoweringError) as beside:
-        with beside.open("wb") as file:
-            torch.export.save(exported, file, extra_files=extra)
+    target = path if path.suffix else path.with_suffix(".pt2")
+    with write_beside(target, LoweringError) as beside, beside.open("wb") as file:
+        torch.export.save(exported, file, extra_files=extra)
 
 
 def _parameters(signature: inspect.Signature | None) -> list[list[Any]] | None:

@@ -55,7 +55,7 @@ def _below(name: str) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
         raise PassError(f'unknown option below={name!r}: choose "inductor" or "torch"')
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx
+    return compile_fx  # pyright: ignore[reportReturnType]
 
 
 def _is_weight(item: Any) -> bool:

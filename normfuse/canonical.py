@@ -146,8 +146,7 @@ class _Builder:
             kind = _KINDS.get(spec.kind)
             if kind is None or spec.target is None:
                 continue
-            holder = self.exported.state_dict if spec.target in self.exported.state_dict else self.exported.constants
-            names[spec.target] = (holder[spec.target], kind, spec.persistent is not False)
+            names[spec.target] = (self._tensor(spec.target), kind, spec.persistent is not False)
         aliases: dict[tuple[Any, ...], list[str]] = {}
         for name, (tensor, _, _) in names.items():
             aliases.setdefault(_identity(tensor), []).append(name)
@@ -159,6 +158,11 @@ class _Builder:
             self.tensors[first] = tensor.detach()
             self.origins[first] = Origin(tuple(sorted(group, key=lambda n: order.get(n, len(order)))), kind, persistent)
 
+    def _tensor(self, name: str) -> Tensor:
+        found: Any = self.exported.state_dict.get(name, self.exported.constants.get(name))
+        assert isinstance(found, Tensor)
+        return found
+
     def _input(self, node: fx.Node, spec: InputSpec) -> None:
         if spec.kind is InputKind.USER_INPUT:
             new = self.graph.placeholder(node.name)
@@ -168,8 +172,7 @@ class _Builder:
             return
         if spec.kind not in _KINDS or spec.target is None:
             raise CaptureError(f"the model needs an input of kind {spec.kind.name}, which normfuse cannot keep")
-        holder = self.exported.state_dict if spec.target in self.exported.state_dict else self.exported.constants
-        name = self.by_identity[_identity(holder[spec.target])]
+        name = self.by_identity[_identity(self._tensor(spec.target))]
         new = next((n for n in self.graph.nodes if n.op == "get_attr" and n.target == name), None)
         if new is None:
             new = self.graph.create_node("get_attr", name, (), {}, name=name.replace(".", "_"))
@@ -237,6 +240,8 @@ class _Builder:
             # Torch assumes "at least 2" of every free size. A batch of one is tried by verification; other sizes keep it.
             is_batch = any(leaf.sizes and leaf.sizes[0] == str(symbol) for leaf in self.leaves)
             ranges[str(symbol)] = (1 if is_batch and low <= 2 else low, high)
+        assert spec.in_spec is not None
+        assert spec.out_spec is not None
         return Signature(tuple(self.leaves), spec.in_spec, spec.out_spec, None, ranges)
 
 
@@ -320,7 +325,8 @@ def _to_our_rms_norm(node: fx.Node) -> None:
 def _with_literal_eps(node: fx.Node) -> None:
     """`eps=None` means the machine epsilon of the dtype it runs in: of the dtype it was captured in, from now on."""
     given = arguments(node)
-    wide = torch.float32 if dtype(node) in (torch.float16, torch.bfloat16) else dtype(node)
+    own = dtype(node) or torch.float32
+    wide = torch.float32 if own in (torch.float16, torch.bfloat16) else own
     node.args = (given["input"], given["normalized_shape"], given["weight"], torch.finfo(wide).eps)
     node.kwargs = {}
 
@@ -332,7 +338,7 @@ def _with_sizes(node: fx.Node) -> None:
     sizes: list[Any] = []
     with node.graph.inserting_before(node):
         for axis, size in enumerate(value(like).shape):
-            if not isinstance(size, int):
+            if isinstance(size, torch.SymInt):
                 asked = node.graph.call_function(aten.sym_size.int, (like, axis))
                 asked.meta = {"val": size}
                 size = asked

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from normfuse.analysis.constants import constants
-from normfuse.node import aten, argument, is_op, shape
+from normfuse.node import argument, aten, is_op, shape
 from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 
@@ -49,7 +49,7 @@ def promote(leaf: Any) -> Any:
 
 
 @contextlib.contextmanager
-def default_float64() -> Iterator[None]:
+def default_float64() -> Generator[None]:
     """Factories and integer divisions follow the default dtype: float64 for as long as a promoted run lasts."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

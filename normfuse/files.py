@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from normfuse.errors import NormfuseError
@@ -18,7 +18,7 @@ def _umask() -> int:
 
 
 @contextlib.contextmanager
-def write_beside(target: Path, error: type[NormfuseError]) -> Iterator[Path]:
+def write_beside(target: Path, error: type[NormfuseError]) -> Generator[Path]:
     """A temporary path in the target's folder that becomes the target if the block ends well. Folders are made.
 
     Raises `error` if the place cannot be written; then nothing half-written is left.

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,7 +96,7 @@ class Pipeline:
         self.not_raised: frozenset[FiringKey] = frozenset()
 
     @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> Generator[None]:
         started = time.perf_counter()
         try:
             yield

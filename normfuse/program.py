@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -63,8 +64,11 @@ class Signature:
 
         Raises `InputError` when structure, rank, dtype or a fixed size differs from what was captured.
         """
+        if (direct := self._direct(args, kwargs)) is not None:
+            self._check(direct)
+            return direct
         bound_args, bound_kwargs = bind(self.parameters, args, kwargs)
-        wanted = tuple(self.in_spec.child(1).context or ())
+        wanted: tuple[str, ...] = tuple(self.in_spec.child(1).context or ())
         extra = {k: v for k, v in bound_kwargs.items() if k not in wanted}
         if surplus := [k for k, v in extra.items() if v is not None and not self._is_default(k, v)]:
             raise InputError(
@@ -77,6 +81,28 @@ class Signature:
             raise InputError(f"inputs are nested as {spec}, but the program was captured with {self.in_spec}")
         self._check(leaves)
         return leaves
+
+    @cached_property
+    def _flat_names(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+        """Names of the call's parameters and of the inputs, where every input is one tensor that has a name."""
+        plain = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if self.parameters is None or any(p.kind is not plain for p in self.parameters.parameters.values()):
+            return None
+        named = self.in_spec.child(1)
+        if self.in_spec.child(0).num_leaves or named.num_leaves != named.num_children:
+            return None
+        return tuple(self.parameters.parameters), tuple(named.context or ())
+
+    def _direct(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
+        """The leaves of a call that names or places each tensor and nothing else: the common case, without a search."""
+        names = self._flat_names
+        if names is None or len(args) > len(names[0]) or len(args) + len(kwargs) != len(names[1]):
+            return None
+        given = dict(zip(names[0], args, strict=False)) | kwargs
+        if len(given) != len(names[1]):
+            return None
+        leaves = [given.get(name) for name in names[1]]
+        return leaves if all(isinstance(leaf, Tensor) for leaf in leaves) else None
 
     def _is_default(self, name: str, given: Any) -> bool:
         parameter = self.parameters.parameters.get(name) if self.parameters else None

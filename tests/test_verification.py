@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import normfuse
 from normfuse.analysis import Facts
-from normfuse.evaluate import run_float64
 from normfuse.capture import capture
+from normfuse.evaluate import run_float64
 from normfuse.node import aten, is_op
 from normfuse.passes import TABLE
 from normfuse.pipeline import Pipeline, make_trials, original_run

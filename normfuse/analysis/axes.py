@@ -99,7 +99,7 @@ def _cast(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
 
 
 def _view(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
-    source = a.get("self", a.get("input"))
+    source: fx.Node = a["self"] if "self" in a else a["input"]
     found = _same_place(shape(source), shape(node), axis)
     return None if found is None else [(source, found)]
 
@@ -108,9 +108,9 @@ def _same_place(before: tuple[Any, ...], after: tuple[Any, ...], axis: int) -> i
     """The axis of `before` that a reshape to `after` keeps whole as `axis`: same size, same stride."""
     want = product(after[axis + 1 :])
     for candidate in range(len(before)):
-        if same_size(before[candidate], after[axis]) and not is_one(after[axis]):
-            if same_size(product(before[candidate + 1 :]), want):
-                return candidate
+        same = same_size(before[candidate], after[axis]) and not is_one(after[axis])
+        if same and same_size(product(before[candidate + 1 :]), want):
+            return candidate
     return None
 
 
@@ -147,7 +147,7 @@ def _stack(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
 
 def _along_other(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
     """Operators that work along `dim` and keep the rank: slice, split, index_select, ..."""
-    source = a.get("self", a.get("tensor"))
+    source: fx.Node = a["self"] if "self" in a else a["tensor"]
     return None if positive_axis(a["dim"], rank(source)) == axis else [(source, axis)]
 
 
@@ -201,7 +201,7 @@ def _pad(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
     first = 2 * (rank(node) - 1 - axis)
     own = pads[first : first + 2] if first < len(pads) else [0, 0]
     harmless = not constant or fill in (None, 0, 0.0)
-    return [(source, axis)] if harmless and all(p == 0 and isinstance(p, int) for p in own) else None
+    return [(source, axis)] if harmless and all(type(p) is int and p == 0 for p in own) else None
 
 
 def _masked_fill(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:

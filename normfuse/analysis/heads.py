@@ -31,7 +31,7 @@ def value_heads(program: Program) -> tuple[list[ValueHeads], dict[fx.Node, str]]
     routes, found, refused = Routes(program), [], {}
     for node in program.graph.nodes:
         writer = projection(node, None, routes.weights)
-        if writer is None or writer.groups != 1:
+        if writer is None or writer.groups != 1 or node in routes.weights:
             continue
         route = routes.route(node, writer.channel_axis % rank(node))
         for mix, rows in route.mixed.items():

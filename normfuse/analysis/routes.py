@@ -120,7 +120,7 @@ class Routes:
 
     def _end(self, user: fx.Node, source: fx.Node, labels: Any) -> End | None:
         found = projection(user, source, self.weights)
-        if found is None or not isinstance(labels, Tensor) or found.groups != 1:
+        if found is None or not isinstance(labels, Tensor) or found.groups != 1 or labels.dim() < 2:
             return None
         along = labels.movedim(found.channel_axis, -1).flatten(0, -2)
         return End(found, along[0].clone()) if bool((along == along[:1]).all()) else None

@@ -93,11 +93,11 @@ def graph_module(program: Program, codegen: Any = None) -> fx.GraphModule:
 
 def _attach(root: nn.Module, name: str, tensor: Tensor, program: Program) -> None:
     *path, last = name.split(".")
-    owner = root
+    owner: nn.Module = root
     for part in path:
         if part not in owner._modules:
             owner.add_module(part, nn.Module())
-        owner = owner._modules[part]  # type: ignore[assignment]
+        owner = owner.get_submodule(part)
     if program.origins[name].kind == "parameter" and (tensor.is_floating_point() or tensor.is_complex()):
         owner.register_parameter(last, nn.Parameter(tensor.detach(), requires_grad=False))
     else:

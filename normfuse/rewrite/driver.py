@@ -49,8 +49,9 @@ def run_pass(program: Program, rule: Rule, log: Log, *, named: bool = False) -> 
 
 def _sweep_to_fixpoint(program: Program, rule: Rewrite, facts: Facts, edit: Editor, log: Log, named: bool) -> None:
     roots = rule.drawn.roots()
+    fired: fx.Node | None = None
     for _ in range(_MAX_SWEEPS):
-        fired: fx.Node | None = None
+        fired = None
         for node in list(program.graph.nodes):
             if node._erased or not is_op(node, *roots):
                 continue
@@ -59,7 +60,7 @@ def _sweep_to_fixpoint(program: Program, rule: Rewrite, facts: Facts, edit: Edit
                 facts.drop()
         if fired is None:
             return
-    raise RuleError(f"{rule.name} keeps firing, last at {site(fired)}: it undoes itself or feeds itself")
+    raise RuleError(f"{rule.name} keeps firing, last at {site(fired or program.output)}: it undoes itself or feeds itself")
 
 
 def _try(rule: Rewrite, node: fx.Node, facts: Facts, edit: Editor, log: Log, named: bool) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import torch
@@ -123,7 +123,7 @@ class Editor:
     # -- making nodes
 
     @contextlib.contextmanager
-    def at(self, anchor: fx.Node) -> Iterator[Editor]:
+    def at(self, anchor: fx.Node) -> Generator[Editor]:
         """New nodes stand before `anchor` and tell its source line and module as theirs."""
         before, self._anchor = self._anchor, anchor
         try:
@@ -212,6 +212,11 @@ class Editor:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
         with self.program.fake_mode, torch.no_grad():
             return node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def refresh(self, node: fx.Node) -> None:
+        """Derive anew what the node computes: one of its inputs has another shape now. Work in graph order."""
+        node.meta["val"] = self.infer(node)
+        self.changed = True
 
     # -- replacing
 

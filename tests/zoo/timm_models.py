@@ -182,7 +182,8 @@ _ROWS: tuple[Entry, ...] = (
     # Hybrids
     _row("test_coatnet", "encoder cnn", {"img_size": 64}),
     _row("test_maxvit", "encoder cnn", {"img_size": 64}),
-    _row("MetaFormer", "encoder cnn", {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)}, name="metaformer"),
+    _row("MetaFormer", "cnn", {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)}, name="metaformer"),
+    _row("caformer_s18", "encoder cnn"),
     _row("poolformer_s12", "cnn"),
     _row("efficientvim_m1", "encoder cnn"),
     _row("cpubone_nano", "encoder cnn"),

@@ -1,0 +1,103 @@
+"""How the time of raising and of the passes grows with depth, and the peak memory of one whole optimization.
+
+    python tools/bench_passes.py                # 12, 24 and 48 layers of a narrow GPT-2
+    python tools/bench_passes.py --memory       # GPT-2 of 124M parameters: seconds by stage, peak memory
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import sys
+import threading
+import time
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import normfuse
+
+ROUNDS = 5
+DEPTHS = (12, 24, 48)
+
+
+def gpt2(layers: int, width: int, heads: int, vocabulary: int) -> torch.nn.Module:
+    """GPT-2 with gains and shifts away from their defaults."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def seconds(layers: int) -> dict[str, float]:
+    """Median over rounds; nothing is verified, so that only capture, raising, passes and bake run."""
+    model, ids = gpt2(layers, 64, 4, 128), torch.randint(0, 128, (1, 16))
+    runs = [normfuse.optimize(model, (ids,), verify=False).report.seconds for _ in range(ROUNDS)]
+    return {stage: statistics.median(run[stage] for run in runs) for stage in ("capture", "raise", "passes", "bake")}
+
+
+def depths(console: Console) -> None:
+    table = Table("layers", "capture s", "raise s", "passes s", "bake s", "raise, times 12 layers", "passes, times 12 layers")
+    first: dict[str, float] = {}
+    for layers in DEPTHS:
+        found = seconds(layers)
+        first = first or found
+        ratios = [f"{found[stage] / first[stage]:.2f}" for stage in ("raise", "passes")]
+        table.add_row(str(layers), *(f"{value:.3f}" for value in found.values()), *ratios)
+    console.print(table)
+
+
+class Peak(threading.Thread):
+    """The largest resident set while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.process, self.bytes, self.over = psutil.Process(), 0, False
+
+    def run(self) -> None:
+        while not self.over:
+            self.bytes = max(self.bytes, self.process.memory_info().rss)
+            time.sleep(0.002)
+
+
+def memory(console: Console) -> None:
+    model, ids = gpt2(12, 768, 12, 50257), torch.randint(0, 50257, (1, 64))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    with torch.no_grad():
+        model(ids)
+    normfuse.optimize(gpt2(1, 32, 2, 64), (ids % 64,))  # everything is imported before the measurement
+    gc.collect()
+    before = psutil.Process().memory_info().rss
+    peak = Peak()
+    peak.start()
+    report: Any = normfuse.optimize(model, (ids,)).report
+    peak.over = True
+    peak.join()
+    console.print(report)
+    ratio = (weights + peak.bytes - before) / weights
+    console.print(f"weights {weights / 1e6:.0f} MB, model and growth at the peak {ratio:.2f} times that")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory", action="store_true", help="seconds and peak memory of GPT-2 124M instead of depths")
+    given = parser.parse_args()
+    console = Console()
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}")
+    (memory if given.memory else depths)(console)
+
+
+if __name__ == "__main__":
+    main()
