@@ -12,7 +12,7 @@ from torch import fx
 
 from normfuse.analysis.constants import weight_only
 from normfuse.analysis.streams import ends_of
-from normfuse.node import argument, arguments, aten, is_op, rank, readers, site
+from normfuse.node import argument, arguments, aten, is_op, rank, readers, shape, site
 from normfuse.ops import CRMS_NORM, DERF, DYT, L2_NORM, RMS_NORM, SOFTMAX_OVER, STANDARDIZE
 from normfuse.program import Program
 
@@ -133,6 +133,8 @@ def _axes_and_eps(kind: str, node: fx.Node) -> tuple[tuple[int, ...], float | No
         return (_negative(int(argument(node, "dim")), node),), None
     if kind in ("batch_norm", "instance_norm", "group_norm"):
         first = {"batch_norm": (0, *range(2, rank(node))), "group_norm": tuple(range(1, rank(node)))}
+        if kind == "group_norm" and argument(node, "num_groups") == shape(node)[1]:
+            first = {}
         axes = first.get(kind, tuple(range(2, rank(node))))
         return tuple(_negative(a, node) for a in axes), argument(node, "eps")
     return (), None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.analysis.constants import is_view
-from normfuse.node import aten, is_op, rank, same_size, shape, value
+from normfuse.node import aten, is_one, is_op, rank, same_size, shape, value
 from normfuse.raise_.choose import Plan
 from normfuse.raise_.family import Activation, Softmax, Squashed
 from normfuse.raise_.regions import Region
@@ -28,7 +28,8 @@ def can_emit(plan: Plan, region: Region) -> bool:
         if factor is not None and not _broadcasts(factor, region):
             return False
     inside = {plan.channel} if plan.target in ("group_norm", "instance_norm") else set(plan.rows.axes)
-    return all(_sizes(sorted(inside), region) is not None for f in (plan.weight, plan.bias) if f is not None)
+    factors = [f for f in (plan.weight, plan.bias) if f is not None]
+    return all(_parameter_sizes(f, sorted(inside), region) is not None for f in factors)
 
 
 def emit_norm(plan: Plan, region: Region, root: fx.Node, edit: Editor) -> Value:
@@ -109,12 +110,21 @@ def _sizes(axes: list[int], region: Region) -> list[int] | None:
     return [int(s) for s in sizes] if all(isinstance(s, int) for s in sizes) else None
 
 
+def _parameter_sizes(factor: Factor, axes: list[int], region: Region) -> list[int] | None:
+    """Sizes of the source or, where that leaves its only axis free, of the parameter itself."""
+    sizes = _sizes(axes, region)
+    if sizes is not None or len(axes) != 1 or factor.side is None:
+        return sizes
+    own = [s for s in shape(region.sides[factor.side]) if not is_one(s)]
+    return [int(own[0])] if len(own) == 1 and isinstance(own[0], int) else None
+
+
 def _parameter(factor: Factor | None, plan: Plan, region: Region, x: Value, edit: Editor) -> Value | None:
     """A gain or shift with one entry for each position along the axes that the operator wants it on."""
     if factor is None:
         return None
     axes = [plan.channel] if plan.target in ("group_norm", "instance_norm") else sorted(plan.rows.axes)
-    sizes = _sizes(axes, region)
+    sizes = _parameter_sizes(factor, axes, region)
     assert sizes is not None and factor.side is not None
     side = stripped(region.sides[factor.side], value(x.node).dtype)
     new = edit.value(side)

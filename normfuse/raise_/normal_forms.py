@@ -1,9 +1,10 @@
-"""raise_normal_forms:  f(x), f(x)  ->  one f(x)
+"""raise_normal_forms:  f(x), f(x)  ->  one f(x);  (e v) / sum(e)  ->  (e / sum(e)) v
 
-Exactness: bitwise.
-Legal if:  two calls have the same operator and the same arguments, and draw no random numbers.
+Exactness: algebraic.
+Legal if:  two calls have the same operator and the same arguments, and draw no random numbers; the sum runs over the axis
+           that the product sums over.
 Leaves alone: everything else.
-Reference: common subexpressions.
+Reference: common subexpressions; a division by one number for each row passes through a product.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor, fx
 
 from normfuse.analysis import Facts
 from normfuse.analysis.constants import is_random
-from normfuse.node import aten, is_op
+from normfuse.node import argument, aten, is_op, rank
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
 
@@ -28,8 +29,25 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
             continue
         key = (node.target, _key(node.args), _key(tuple(sorted(node.kwargs.items()))))
         first = known.setdefault(key, node)
-        if first is not node and edit.permit(node):
+        if first is not node:
             edit.replace(node, first)
+    for node in list(program.graph.nodes):
+        if is_op(node, aten.div):
+            _divide_first(node, edit)
+
+
+def _divide_first(node: fx.Node, edit: Editor) -> None:
+    product, total = node.args[:2]
+    if not isinstance(product, fx.Node) or not is_op(product, aten.matmul, aten.bmm) or len(product.users) != 1:
+        return
+    weights, values = product.args[:2]
+    if not isinstance(total, fx.Node) or not is_op(total, aten.sum) or total.args[0] is not weights:
+        return
+    if not argument(total, "keepdim") or argument(total, "dim") not in ([-1], [rank(total) - 1]):
+        return
+    with edit.at(node):
+        shares = edit.call(aten.div.Tensor, weights, total)
+        edit.replace(node, edit.call(product.target, shares, values))
 
 
 def _key(item: Any) -> Any:
@@ -42,4 +60,4 @@ def _key(item: Any) -> Any:
     return item if isinstance(item, fx.Node) else (type(item).__name__, repr(item))
 
 
-RULE = Transform("raise_normal_forms", exactness=Exactness.BITWISE, phase=Phase.RAISE, run=run)
+RULE = Transform("raise_normal_forms", exactness=Exactness.ALGEBRAIC, phase=Phase.RAISE, run=run)

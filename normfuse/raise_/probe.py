@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from normfuse.node import argument, aten, is_op, same_size, shape, value
 from normfuse.program import Program
@@ -165,6 +166,11 @@ def _changed(x: Tensor, position: int) -> Tensor:
 def _fits(source: fx.Node, node: fx.Node) -> bool:
     mine, theirs = shape(source), shape(node)
     if len(mine) == len(theirs):
-        different = [not same_size(a, b) for a, b in zip(mine, theirs, strict=True)]
+        different = [not (same_size(a, b) or _known_equal(a, b)) for a, b in zip(mine, theirs, strict=True)]
         return not any(different) or (sum(different) == 1 and is_op(node, aten.add, aten.log, aten.logsumexp))
     return len(theirs) == len(mine) - 1 and is_op(node, aten.add, aten.log, aten.squeeze, aten.select, aten.view)
+
+
+def _known_equal(a: Any, b: Any) -> bool:
+    """Equal by what the exporter found out about the sizes."""
+    return isinstance(a, torch.SymInt | int) and statically_known_true(a == b)
