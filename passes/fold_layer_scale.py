@@ -15,6 +15,7 @@ from torch import fx
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap, Channelwise, Own
 from normfuse.analysis.channelwise import channelwise_operand, constant_operand
+from normfuse.analysis.constants import constants
 from normfuse.analysis.streams import Writer
 from normfuse.analysis.writers import writers
 from normfuse.node import aten, dtype, is_op, op_name, rank, shape
@@ -26,9 +27,9 @@ from normfuse.rewrite.kernels import emit, ingredients
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:
     for node in reversed(list(program.graph.nodes)):
-        if node._erased or not is_op(node, aten.mul, aten.div):
+        if node._erased or node in facts(constants) or not is_op(node, aten.mul, aten.div):
             continue
-        operand = channelwise_operand(node, facts(writers).weights)
+        operand = channelwise_operand(node, facts(constants))
         if operand is None or dtype(operand) != dtype(node) or (axis := _axis(node, operand)) is None:
             continue
         m = Affine(program).map(node)

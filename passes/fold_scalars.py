@@ -17,6 +17,7 @@ from torch import fx
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap, Channelwise, Own
 from normfuse.analysis.channelwise import channelwise_operand, constant_operand
+from normfuse.analysis.constants import constants
 from normfuse.analysis.homogeneous import Sources, sources_of
 from normfuse.analysis.reach import reach
 from normfuse.analysis.writers import writers
@@ -35,9 +36,9 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
     """Backward wherever it goes, forward what is left: a shift that went backward stands in nobody's way."""
     left: dict[fx.Node, str] = {}
     for node in list(program.graph.nodes):
-        if node._erased or not is_op(node, *_SCALES, *_SHIFTS):
+        if node._erased or node in facts(constants) or not is_op(node, *_SCALES, *_SHIFTS):
             continue
-        operand = channelwise_operand(node, facts(writers).weights)
+        operand = channelwise_operand(node, facts(constants))
         if operand is None or dtype(operand) != dtype(node) or not _is_scalar(constant_operand(node, operand)):
             continue
         if reason := _backward(node, operand, facts, edit):
