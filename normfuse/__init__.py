@@ -26,7 +26,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "explain": "api", "export_onnx": "api", "inspect": "api", "load": "api", "optimize": "api",
     "optimize_": "api", "replay": "api", "verify": "api", "Optimized": "optimized", "Report": "report",
-    "Refusal": "rewrite.record", "RewriteRecord": "rewrite.record", "Inventory": "inventory", "Pattern": "inventory", "Verification": "verification",
+    "Refusal": "rewrite.record", "RewriteRecord": "rewrite.record", "Inventory": "inventory", "Pattern": "inventory",
+    "Verification": "verification",
 }  # fmt: skip
 
 __all__ = [

@@ -53,7 +53,9 @@ def signature_of(saved: list[list[Any]] | None) -> inspect.Signature | None:
         return None
     return inspect.Signature(
         [
-            inspect.Parameter(name, inspect._ParameterKind(kind), default=default if has_default else inspect.Parameter.empty)
+            inspect.Parameter(
+                name, inspect._ParameterKind(kind), default=default if has_default else inspect.Parameter.empty
+            )
             for name, kind, has_default, default in saved
         ]
     )

@@ -201,7 +201,9 @@ def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], sha
 @contextlib.contextmanager
 def _quiet_exporter() -> Generator[None]:
     """The exporter warns about each dimension it specialises; the program's signature says that more clearly."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")]
+    loggers = [
+        logging.getLogger(name) for name in ("torch.export", "torch._export", "torch.fx.experimental.symbolic_shapes")
+    ]
     loggers += [logging.getLogger("torch._export.non_strict_utils")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -35,9 +35,7 @@ _NUMBERS = 64
 _MOST_TRIALS = 12
 
 
-def select(
-    table: Sequence[Rule], names: Sequence[str | Rule] | None, disable: Sequence[str] = ()
-) -> tuple[Rule, ...]:
+def select(table: Sequence[Rule], names: Sequence[str | Rule] | None, disable: Sequence[str] = ()) -> tuple[Rule, ...]:
     """The rules that run, in the table's order whatever the order of the names. Raises `PassError` for unknown names.
 
     A rule itself (a pass configured with options) stands in the place of the table's rule of its name; one that the
@@ -55,9 +53,7 @@ def select(
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
             raise PassError(f"there is no pass {name!r}: did you mean {', '.join(near)}?")
     wanted = set(known) if names is None else set(names)
-    return tuple(
-        r for r in table if r.name in wanted and r.name not in disable and (names is not None or not r.on_request)
-    )
+    return tuple(r for r in table if r.name in wanted and r.name not in disable and (names is not None or not r.on_request))
 
 
 @dataclass
@@ -223,7 +219,9 @@ def make_trials(captured: Program, original: Run, example: Leaves, count: int) -
     try:
         reference64 = run_float64(captured, inputs)
     except Exception as failure:
-        raise VerificationError(f"the captured program does not run on inputs the model takes: {failure!r:.300}") from failure
+        raise VerificationError(
+            f"the captured program does not run on inputs the model takes: {failure!r:.300}"
+        ) from failure
     _check_capture(captured, inputs, own, reference64)
     return Trials(inputs, reference64, own)
 
@@ -239,7 +237,9 @@ def _check_capture(captured: Program, inputs: list[Leaves], own: list[Leaves], r
     try:
         verdict = compare(reference64=reference64, error64=0.0, original=run_native(captured, inputs), candidate=own)
     except Exception as failure:
-        raise VerificationError(f"the captured program does not run on inputs the model takes: {failure!r:.300}") from failure
+        raise VerificationError(
+            f"the captured program does not run on inputs the model takes: {failure!r:.300}"
+        ) from failure
     if not verdict and verdict.error_ratio > 8:
         raise VerificationError(
             f"the captured program does not compute what the model does ({verdict.reason}): the model may depend on "

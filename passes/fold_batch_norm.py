@@ -49,7 +49,11 @@ def _projection_before(node: fx.Node, facts: Facts) -> tuple[Projection | None, 
             return found, path, ""
         carried = None if current in weights else carried_operands(current, axis)
         if carried is None or len(carried) != 1 or is_op(current, aten.matmul, aten.bmm):
-            return None, [], f"its input is written by {op_name(current)} at {site(current)}, which has no weights to fold into"
+            return (
+                None,
+                [],
+                f"its input is written by {op_name(current)} at {site(current)}, which has no weights to fold into",
+            )
         if not _passes_shift(current):
             return None, [], f"{op_name(current)} at {site(current)} stands between the projection and the norm"
         path.append(current)

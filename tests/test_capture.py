@@ -63,7 +63,9 @@ def nested(batch: int = 2) -> dict[str, Any]:
 
 def test_nested_inputs_outputs_integers_and_constants() -> None:
     model = randomised(Nested())
-    result = optimized(model, image(2, 5, 6), kwargs=None) if False else normfuse.optimize(model, (image(2, 5, 6),), nested())
+    result = (
+        optimized(model, image(2, 5, 6), kwargs=None) if False else normfuse.optimize(model, (image(2, 5, 6),), nested())
+    )
     assert_same_function(result)
     got, wanted = result(image(3, 5, 6), **nested(3)), model(image(3, 5, 6), **nested(3))
     assert got.keys() == wanted.keys()

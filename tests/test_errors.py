@@ -114,7 +114,7 @@ def test_where_a_capture_failed() -> None:
 def test_a_file_that_is_something_else(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     path.write_bytes(b"not an archive")
-    with pytest.raises(normfuse.NormfuseError, match="is not a .pt2 archive"):
+    with pytest.raises(normfuse.NormfuseError, match=r"is not a \.pt2 archive"):
         normfuse.load(path)
     assert path.read_bytes() == b"not an archive"
 

@@ -18,11 +18,12 @@ from tests.zoo.hugging_face import HUGGING_FACE
 # What issue and METHODS name, and one of each further kind; the others run with the slow tests.
 CORE = (
     "gpt2", "gpt2-eager", "gpt-neo", "gpt-neox", "gpt-neox-sequential", "gpt-j", "gpt-bigcode", "openai-gpt", "opt",
-    "opt-350m", "phi", "phi-qk", "bloom", "falcon", "mpt", "codegen", "starcoder2", "stablelm", "olmo", "llama", "mistral",
+    "opt-350m", "phi", "phi-qk", "bloom", "falcon", "mpt", "codegen", "starcoder2", "stablelm", "olmo", "llama",
+    "mistral",
     "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "phi3", "bert", "roberta", "distilbert", "albert", "electra", "mpnet",
-    "t5", "bart", "mbart", "pegasus", "marian", "whisper", "clip-text", "clip-vision", "vit", "deit", "deit-distilled", "swin",
-    "convnext", "convnext-v2", "resnet", "regnet", "mobilenet-v1", "mobilenet-v2", "levit", "dinov2", "beit", "siglip-vision",
-    "wav2vec2", "segformer", "poolformer",
+    "t5", "bart", "mbart", "pegasus", "marian", "whisper", "clip-text", "clip-vision", "vit", "deit",
+    "deit-distilled", "swin", "convnext", "convnext-v2", "resnet", "regnet", "mobilenet-v1", "mobilenet-v2", "levit", "dinov2", "beit",
+    "siglip-vision", "wav2vec2", "segformer", "poolformer",
 )  # fmt: skip
 
 NAMES = [
@@ -79,7 +80,12 @@ def _check_other_sizes(name: str, model: nn.Module, result: normfuse.Optimized) 
     entry = HUGGING_FACE[name]
     sizes = [(3, entry.length)]
     notes = result.report.notes
-    if entry.vary_length and entry.free_length and "vision" not in entry.tags and "only the batch size may vary" not in notes:
+    if (
+        entry.vary_length
+        and entry.free_length
+        and "vision" not in entry.tags
+        and "only the batch size may vary" not in notes
+    ):
         sizes.append((2, entry.length - 1))
     for batch, length in sizes:
         args, kwargs = entry.example(batch, length)

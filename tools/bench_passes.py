@@ -1,7 +1,7 @@
 """How the time of raising and of the passes grows with depth, and the peak memory of one whole optimization.
 
-    python tools/bench_passes.py                # 12, 24 and 48 layers of a narrow GPT-2
-    python tools/bench_passes.py --memory       # GPT-2 of 124M parameters: seconds by stage, peak memory
+python tools/bench_passes.py                # 12, 24 and 48 layers of a narrow GPT-2
+python tools/bench_passes.py --memory       # GPT-2 of 124M parameters: seconds by stage, peak memory
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ def gpt2(layers: int, width: int, heads: int, vocabulary: int) -> torch.nn.Modul
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0
-    )
+    config = GPT2Config(n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0)
     model = GPT2LMHeadModel(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -49,7 +47,9 @@ def seconds(layers: int) -> dict[str, float]:
 
 
 def depths(console: Console) -> None:
-    table = Table("layers", "capture s", "raise s", "passes s", "bake s", "raise, times 12 layers", "passes, times 12 layers")
+    table = Table(
+        "layers", "capture s", "raise s", "passes s", "bake s", "raise, times 12 layers", "passes, times 12 layers"
+    )
     first: dict[str, float] = {}
     for layers in DEPTHS:
         found = seconds(layers)

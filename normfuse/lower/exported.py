@@ -35,9 +35,13 @@ def to_exported(program: Program) -> ExportedProgram:
     entry = ModuleCallEntry(
         "", ModuleCallSignature(inputs=[], outputs=[], in_spec=signature.in_spec, out_spec=signature.out_spec)
     )
-    kept = {n: t for n, t in program.tensors.items() if program.origins[n].kind != "constant" and program.origins[n].persistent}
+    kept = {
+        n: t for n, t in program.tensors.items() if program.origins[n].kind != "constant" and program.origins[n].persistent
+    }
     state = {
-        n: torch.nn.Parameter(t, requires_grad=False) if program.origins[n].kind == "parameter" and t.is_floating_point() else t
+        n: torch.nn.Parameter(t, requires_grad=False)
+        if program.origins[n].kind == "parameter" and t.is_floating_point()
+        else t
         for n, t in kept.items()
     }
     module = fx.GraphModule(torch.nn.Module(), graph)

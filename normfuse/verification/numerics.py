@@ -1,4 +1,4 @@
-"""Comparing two functions: relative error in float64, and the error in the model's own dtype measured in its own rounding."""
+"""Comparing two functions: relative error in float64, and the error in their own dtype, in units of the original's."""
 
 from __future__ import annotations
 

@@ -25,7 +25,13 @@ def test_the_whole_way(name: str, config: str) -> None:
     assert close(result(*args, **kwargs), model(*args, **kwargs))
 
 
-NOTHING_LEFT = {"gpt": "layer_norm", "vit": "layer_norm", "resnet": "batch_norm", "mobilenet": "batch_norm", "repvgg": "batch_norm"}
+NOTHING_LEFT = {
+    "gpt": "layer_norm",
+    "vit": "layer_norm",
+    "resnet": "batch_norm",
+    "mobilenet": "batch_norm",
+    "repvgg": "batch_norm",
+}
 
 
 @pytest.mark.parametrize(("name", "kind"), list(NOTHING_LEFT.items()))

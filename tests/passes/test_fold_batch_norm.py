@@ -13,7 +13,16 @@ import normfuse
 from normfuse import models
 from normfuse.passes import fold_batch_norm
 from normfuse.rewrite import Editor, Value
-from tests.support import assert_idempotent, assert_rolled_back, assert_same_function, image, operators, optimized, randomised, reasons
+from tests.support import (
+    assert_idempotent,
+    assert_rolled_back,
+    assert_same_function,
+    image,
+    operators,
+    optimized,
+    randomised,
+    reasons,
+)
 
 NAME = "fold_batch_norm"
 CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
