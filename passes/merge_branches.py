@@ -23,27 +23,36 @@ from normfuse.rewrite.kernels import ingredients, write_terms
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:
-    while _sweep(program, edit):
+    reasons: dict[fx.Node, str] = {}
+    while _sweep(program, edit, reasons):
         facts.drop()
+        reasons.clear()
+    for node, reason in reasons.items():
+        edit.refuse(node, reason)
 
 
-def _sweep(program: Program, edit: Editor) -> bool:
+def _sweep(program: Program, edit: Editor, reasons: dict[fx.Node, str]) -> bool:
     """Last sums first, so that a merged sum is never looked at in pieces. True if anything was merged."""
     affine, apart, fired = Affine(program), Affine(program, sequential=False), False
     for node in reversed(list(program.graph.nodes)):
         if node._erased or node.op != "call_function":
             continue
-        for analysis in (affine, apart):
-            terms = [_reach(analysis, term) for term in analysis(node)]
-            if any(_is_merge(t.map, affine) for t in terms) and _merge(node, terms, affine, edit):
-                fired = True
+        ways = [[_extended(affine, t) for t in affine(node)], list(affine(node)), list(apart(node))]
+        reason = _why_apart(node, affine)
+        for terms in ways:
+            merges = [t.map for t in terms if _is_merge(t.map, affine)]
+            if not merges:
+                continue
+            reason = None if edit.named else next((why for m in merges if (why := dearer(m, node, affine.weights))), None)
+            if reason is None:
+                fired = _merge(node, terms, merges, edit) or fired
                 break
-        else:
-            _explain(node, affine, edit)
+        if reason is not None:
+            reasons[node] = reason
     return fired
 
 
-def _reach(affine: Affine, term: Term) -> Term:
+def _extended(affine: Affine, term: Term) -> Term:
     return Term(affine.extended(term.map), term.factor) if term.map.merged else term
 
 
@@ -51,11 +60,7 @@ def _is_merge(m: AffineMap, affine: Affine) -> bool:
     return m.merged and not m.diagonal and not m.table and bool(projections_in(m, affine.weights))
 
 
-def _merge(node: fx.Node, terms: list[Term], affine: Affine, edit: Editor) -> bool:
-    merges = [t.map for t in terms if _is_merge(t.map, affine)]
-    if not edit.named and (reason := next((why for m in merges if (why := dearer(m, node, affine.weights))), None)):
-        edit.refuse(node, reason)
-        return False
+def _merge(node: fx.Node, terms: list[Term], merges: list[AffineMap], edit: Editor) -> bool:
     if not edit.permit(node):
         return False
     edit.fired(node, before=ingredients(merges), after="one convolution" if merges[0].windows else "one linear")
@@ -63,20 +68,19 @@ def _merge(node: fx.Node, terms: list[Term], affine: Affine, edit: Editor) -> bo
     return True
 
 
-def _explain(node: fx.Node, affine: Affine, edit: Editor) -> None:
-    """Why a sum with a convolution in it stays a sum."""
+def _why_apart(node: fx.Node, affine: Affine) -> str | None:
+    """Why a sum with a convolution in it has nothing to merge."""
     if not is_op(node, aten.add, aten.sub):
-        return
+        return None
     if node in affine.why_not:
-        edit.refuse(node, affine.why_not[node])
-        return
+        return affine.why_not[node]
     terms = [t.map for t in affine(node)]
-    if len(terms) > 1 and any(m.windows for m in terms):
-        first = terms[0].source
-        other = next((m.source for m in terms if m.source is not first), None)
-        if other is not None:
-            names = f"{op_name(first)} at {site(first)} and {op_name(other)} at {site(other)}"
-            edit.refuse(node, f"its summands are maps of different tensors: {names}")
+    first = terms[0].source
+    other = next((m.source for m in terms if m.source is not first), None)
+    if other is None or not any(m.windows for m in terms):
+        return None
+    names = f"{op_name(first)} at {site(first)} and {op_name(other)} at {site(other)}"
+    return f"its summands are maps of different tensors: {names}"
 
 
 RULE = Transform("merge_branches", exactness=Exactness.ALGEBRAIC, run=run)

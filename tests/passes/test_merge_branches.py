@@ -241,6 +241,26 @@ def test_a_norm_read_twice_behind_a_convolution_merges_backward() -> None:
         assert torch.isclose(error, (model.eta * model.conv.bias).abs().max())
 
 
+def test_a_block_behind_a_wide_kernel_does_not_grow_into_it() -> None:
+    """Without a nonlinearity between, a 1x1 block could be put into the 7x7 in front of it, at many times the cost."""
+
+    class Downsampling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Conv2d(8, 8, 7, 2, 3, groups=8)
+            self.point, self.skip = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.wide(x)
+            return F.gelu(self.point(y) + self.skip(y))
+
+    import normfuse
+
+    optimized = normfuse.optimize(randomized(Downsampling()), (images(8, 16, 16),))
+    assert ops(optimized) == {"conv2d": 2, "gelu": 1}
+    assert_same(optimized)
+
+
 # --- refuses
 
 
