@@ -19,11 +19,10 @@ from tests.zoo.hugging_face import HUGGING_FACE
 CORE = (
     "gpt2", "gpt2-eager", "gpt-neo", "gpt-neox", "gpt-neox-sequential", "gpt-j", "gpt-bigcode", "openai-gpt", "opt",
     "opt-350m", "phi", "phi-qk", "bloom", "falcon", "mpt", "codegen", "starcoder2", "stablelm", "olmo", "llama",
-    "mistral",
-    "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "phi3", "bert", "roberta", "distilbert", "albert", "electra", "mpnet",
-    "t5", "bart", "mbart", "pegasus", "marian", "whisper", "clip-text", "clip-vision", "vit", "deit",
-    "deit-distilled", "swin", "convnext", "convnext-v2", "resnet", "regnet", "mobilenet-v1", "mobilenet-v2", "levit", "dinov2", "beit",
-    "siglip-vision", "wav2vec2", "segformer", "poolformer",
+    "mistral", "qwen2", "qwen3", "gemma", "gemma2", "olmo2", "phi3", "bert", "roberta", "distilbert", "albert",
+    "electra", "mpnet", "t5", "bart", "mbart", "pegasus", "marian", "whisper", "clip-text", "clip-vision", "vit",
+    "deit", "deit-distilled", "swin", "convnext", "convnext-v2", "resnet", "regnet", "mobilenet-v1", "mobilenet-v2",
+    "levit", "dinov2", "beit", "siglip-vision", "wav2vec2", "segformer", "poolformer",
 )  # fmt: skip
 
 NAMES = [
