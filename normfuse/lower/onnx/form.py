@@ -12,6 +12,7 @@ from normfuse.lower.onnx.attention import lower_attention
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.linear import lower_linear, unflatten_products
 from normfuse.lower.onnx.masks import recognise_causal
+from normfuse.lower.onnx.rows import gather_rows
 from normfuse.lower.onnx.tensors import constant
 from normfuse.node import argument, aten, dtype, is_op, rank, value
 from normfuse.ops import RMS_NORM, decompose
@@ -24,10 +25,14 @@ def onnx_form(program: Program, choice: Choice) -> Program:
     """A copy of the program in the operators that `translations` prints, and aten operators that torch's exporter does."""
     form = program.copy()
     edit = Editor(form, "lower_onnx", Log())
+    for node in list(form.graph.nodes):
+        if (same := simplify.zero_pad(node, edit)) is not None:
+            edit.replace(node, same)
     unflatten_products(form, edit)
     recognise_causal(form, edit)
     lower_attention(form, edit, choice)
     lower_linear(form, edit)
+    gather_rows(form, edit)
     for node in list(form.graph.nodes):
         if node._erased or node.op != "call_function":
             continue

@@ -20,7 +20,12 @@ def unflatten_products(program: Program, edit: Editor) -> None:
             continue
         flat, weight, bias = _product(node)
         source = flat.args[0] if is_op(flat, aten.view, aten.reshape) else None
-        if not isinstance(source, fx.Node) or not _is_matrix(weight) or rank(source) < 3 or not same_size(shape(source)[-1], shape(flat)[-1]):
+        if (
+            not isinstance(source, fx.Node)
+            or not _is_matrix(weight)
+            or rank(source) < 3
+            or not same_size(shape(source)[-1], shape(flat)[-1])
+        ):
             continue
         wanted = (*shape(source)[:-1], shape(node)[-1])
         views = [user for user in node.users if is_op(user, aten.view, aten.reshape) and _same(shape(user), wanted)]

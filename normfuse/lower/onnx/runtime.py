@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import dlpack
 
 from normfuse.errors import LoweringError
 from normfuse.lower.onnx.choice import Choice
@@ -124,22 +126,24 @@ def to_ort(tensor: Tensor) -> Any:
 
 
 def _shared(tensor: Tensor) -> Any:
-    from onnxruntime.capi import onnxruntime_pybind11_state as binding
-    from torch.utils import dlpack
-
     plain = tensor.detach().contiguous()
     if plain.dtype == torch.bool:
-        return binding.OrtValue.from_dlpack(dlpack.to_dlpack(plain.view(torch.uint8)), True)
-    return binding.OrtValue.from_dlpack(dlpack.to_dlpack(plain), False)
+        return _binding().OrtValue.from_dlpack(dlpack.to_dlpack(plain.view(torch.uint8)), True)
+    return _binding().OrtValue.from_dlpack(dlpack.to_dlpack(plain), False)
+
+
+@cache
+def _binding() -> Any:
+    from onnxruntime.capi import onnxruntime_pybind11_state
+
+    return onnxruntime_pybind11_state
 
 
 def from_ort(value: Any) -> Tensor:
     """An OrtValue as a torch tensor over the same memory."""
-    from torch.utils import dlpack
-
     value = getattr(value, "_ortvalue", value)
     tensor = dlpack.from_dlpack(value.to_dlpack())
-    return tensor.view(torch.bool) if value.element_type() == _BOOL and tensor.dtype == torch.uint8 else tensor
+    return tensor.view(torch.bool) if tensor.dtype == torch.uint8 and value.element_type() == _BOOL else tensor
 
 
 _BOOL = 9

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.lower.onnx import operators
-from normfuse.node import argument, aten, is_one, is_op, rank, same_size, shape
+from normfuse.node import Dim, argument, aten, is_one, is_op, rank, same_size, shape
 from normfuse.rewrite import Editor, Value
 
 
@@ -28,13 +28,31 @@ def reshape(node: fx.Node, edit: Editor) -> Value | None:
     """A view whose sizes are the input's own, numbers, and one that is left needs no arithmetic on sizes."""
     if not is_op(node, aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten):
         return None
-    x: fx.Node = node.args[0]  # type: ignore[assignment]
+    sources: list[fx.Node] = [node.args[0]]  # type: ignore[list-item]
+    while is_op(sources[-1], operators.RESHAPE):
+        sources.append(sources[-1].args[0])  # type: ignore[arg-type]
+    for x in reversed(sources):
+        sizes = _sizes(x, shape(node))
+        if sizes is not None:
+            return edit.call(operators.RESHAPE.default, x, sizes)
+    return None
+
+
+def _sizes(x: fx.Node, wanted: tuple[Dim, ...]) -> list[int] | None:
+    """The wanted sizes as ONNX's Reshape takes them, or None if more than one of them would have to be worked out."""
     sizes: list[int] = []
-    for place, size in enumerate(shape(node)):
+    for place, size in enumerate(wanted):
         if place < rank(x) and same_size(size, shape(x)[place]) and not isinstance(size, int):
             sizes.append(0)
         else:
             sizes.append(size if isinstance(size, int) else -1)
-    if sizes.count(-1) > 1 or any(s == 0 for s in (*shape(node), *shape(x)) if isinstance(s, int)):
+    if sizes.count(-1) > 1 or any(s == 0 for s in (*wanted, *shape(x)) if isinstance(s, int)):
         return None
-    return edit.call(operators.RESHAPE.default, x, sizes)
+    return sizes
+
+
+def zero_pad(node: fx.Node, edit: Editor) -> Value | None:
+    """A padding by nothing is a copy."""
+    if not is_op(node, aten.pad, aten.constant_pad_nd) or any(argument(node, "pad")):
+        return None
+    return edit.value(argument(node, "self"))

@@ -53,7 +53,9 @@ def _operator(domain: str, name: str, *, inputs: int, optional: int = 0, **attri
     kinds = ["T"] * inputs + ["S"] * optional
     parameters = [
         OpSchema.FormalParameter(
-            f"x{i}", kind, param_option=OpSchema.FormalParameterOption.Single if i < inputs else OpSchema.FormalParameterOption.Optional
+            f"x{i}",
+            kind,
+            param_option=OpSchema.FormalParameterOption.Single if i < inputs else OpSchema.FormalParameterOption.Optional,
         )
         for i, kind in enumerate(kinds)
     ]

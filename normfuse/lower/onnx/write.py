@@ -81,7 +81,9 @@ class OnnxReport:
         table.add_row("operators", ", ".join(f"{name} {count}" for name, count in often))
         for decision in self.decisions:
             table.add_row("choice", decision)
-        table.add_row("size", f"{self.bytes / 1e6:.1f} MB" + (f", weights in {self.external_data.name}" if self.external_data else ""))
+        table.add_row(
+            "size", f"{self.bytes / 1e6:.1f} MB" + (f", weights in {self.external_data.name}" if self.external_data else "")
+        )
         table.add_row("seconds", ", ".join(f"{name} {took:.2f}" for name, took in self.seconds.items()))
         text = io.StringIO()
         Console(file=text, width=120).print(table)
@@ -148,7 +150,9 @@ def _check_tensors(program: Program) -> None:
         if node.op == "get_attr":
             captured, now = node.meta["val"].dtype, program.tensors[str(node.target)].dtype
             if captured != now:
-                raise LoweringError(f"the weight {node.target!r} was captured as {captured} and is {now}: optimize it as {now}")
+                raise LoweringError(
+                    f"the weight {node.target!r} was captured as {captured} and is {now}: optimize it as {now}"
+                )
 
 
 def _translate(form: Program, choice: Choice) -> Any:
@@ -238,12 +242,20 @@ def output_names(program: Program) -> list[str]:
         names = [_key_name(path) for path, _ in paths]
     except Exception:  # a class whose registration tells no keys
         names = [""] * len(items)
-    return [name or f"output_{place}" for place, (name, item) in enumerate(zip(names, items, strict=True)) if isinstance(item, fx.Node)]
+    return [
+        name or f"output_{place}"
+        for place, (name, item) in enumerate(zip(names, items, strict=True))
+        if isinstance(item, fx.Node)
+    ]
 
 
 def _key_name(path: tuple[Any, ...]) -> str:
     parts = [str(next(v for v in (getattr(k, a, None) for a in ("key", "name", "idx")) if v is not None)) for k in path]
-    return "_".join(parts) if any(not part.isdigit() for part in parts) else ("output_" + "_".join(parts) if parts else "output")
+    return (
+        "_".join(parts)
+        if any(not part.isdigit() for part in parts)
+        else ("output_" + "_".join(parts) if parts else "output")
+    )
 
 
 def axis_names(program: Program) -> dict[str, str]:
@@ -352,9 +364,7 @@ def _move_in(workshop: Path, place: Path, data: str | None) -> Path | None:
     return target
 
 
-def _report(
-    model: Any, place: Path, choice: Choice, external: Path | None, seconds: dict[str, float]
-) -> OnnxReport:
+def _report(model: Any, place: Path, choice: Choice, external: Path | None, seconds: dict[str, float]) -> OnnxReport:
     counted = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.all_nodes())
     size = place.stat().st_size + (external.stat().st_size if external else 0)
     return OnnxReport(
