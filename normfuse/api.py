@@ -213,6 +213,8 @@ def inspect(
     model: Model, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto"
 ) -> Inventory:
     """Every norm, softmax and attention of the model, counted once each however it is spelt."""
+    if isinstance(model, Optimized):  # its program is raised already, and says more than what was lowered from it
+        return take_inventory(model.program, model.report.model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     raised, _ = Pipeline(captured, (), named=False).raise_()
     return take_inventory(raised, _name(model))

@@ -183,6 +183,12 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     torch.testing.assert_close(again(x=X), model(X))
 
 
+def test_the_inventory_of_a_result() -> None:
+    result = normfuse.optimize(randomised(Model()), (X,))
+    inventory = normfuse.inspect(result, (X,))
+    assert (inventory.count("rms_norm"), inventory.count("layer_norm")) == (1, 0)
+
+
 def test_reports_as_text_json_and_html(tmp_path: Path) -> None:
     report = normfuse.optimize(randomised(Model()), (X,)).report
     assert "layer_norm_to_rms_norm" in str(report)
