@@ -15,6 +15,7 @@ from normfuse.analysis.streams import ends_of
 from normfuse.node import argument, arguments, aten, is_op, rank, readers, shape, site
 from normfuse.ops import CRMS_NORM, DERF, DYT, L2_NORM, RMS_NORM, SOFTMAX_OVER, STANDARDIZE
 from normfuse.program import Program
+from normfuse.raise_.weights import weight_patterns
 
 KINDS = (
     "layer_norm", "rms_norm", "crms_norm", "l2_norm", "batch_norm", "group_norm", "instance_norm", "softmax", "attention",
@@ -34,7 +35,6 @@ _OPERATORS = {
     "instance_norm": (aten.instance_norm,),
     "softmax": (aten.softmax, aten._softmax, aten.log_softmax, SOFTMAX_OVER),
     "attention": (aten.scaled_dot_product_attention,),
-    "weight_norm": (aten._weight_norm,),
 }  # fmt: skip
 
 
@@ -106,6 +106,8 @@ def _patterns(program: Program) -> Iterator[Pattern]:
         kind = _kind(node, weights)
         if kind is not None and node not in weights:
             yield _pattern(kind, node, program, weights)
+    for found in weight_patterns(program):
+        yield Pattern(found.kind, site(found.node), found.axes, found.eps, found.affine, "other")
 
 
 def _kind(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from normfuse.analysis import Facts
@@ -76,7 +75,7 @@ def _read(node: fx.Node, roles: Roles, concretes: Sequence[Concrete]) -> Attenti
     end = _sum_over(node, labels, atoms)
     if isinstance(end, str):
         return end
-    product, is_first, v, v_labels, out, contracted = end
+    product, v, v_labels, out, contracted = end
     scores = Reader(roles, concretes, atoms).read(node.args[0], labels, keys)  # type: ignore[arg-type]
     if isinstance(scores, str):
         return scores
@@ -90,7 +89,7 @@ def _read(node: fx.Node, roles: Roles, concretes: Sequence[Concrete]) -> Attenti
 
 def _sum_over(
     node: fx.Node, labels: Labels, atoms: Atoms
-) -> tuple[Product, bool, fx.Node, Labels, Labels, tuple[int, ...]] | str:
+) -> tuple[Product, fx.Node, Labels, Labels, tuple[int, ...]] | str:
     """Forward from the softmax to the product with the values."""
     for _ in range(16):
         users = readers(node)
@@ -111,7 +110,7 @@ def _sum_over(
 
 def _with_values(
     product: Product, is_first: bool, labels: Labels, atoms: Atoms
-) -> tuple[Product, bool, fx.Node, Labels, Labels, tuple[int, ...]] | str:
+) -> tuple[Product, fx.Node, Labels, Labels, tuple[int, ...]] | str:
     mine, theirs = (product.letters_a, product.letters_b) if is_first else (product.letters_b, product.letters_a)
     v = product.b if is_first else product.a
     if product.added is not None or product.scale != 1.0:
@@ -124,7 +123,7 @@ def _with_values(
         v_labels.append(known[letter] if letter is not None else ())
     out = [known[letter] if letter is not None else () for letter in product.letters_out]
     summed = [a for letter, axis in known.items() if letter not in product.letters_out for a in axis]
-    return product, is_first, v, v_labels, out, tuple(summed)
+    return product, v, v_labels, out, tuple(summed)
 
 
 def _queries_and_keys(scores: Scores, atoms: Atoms) -> tuple[fx.Node, Labels, fx.Node, Labels]:
@@ -154,10 +153,9 @@ def _with_roles(found: Attention, labels: Labels, keys: tuple[int, ...]) -> Atte
     scores = _all(labels, atoms)
     if (q & k) - scores != (q | k) - scores:
         return "the scores are no plain product"
-    for fact, labels_ in ((found.scores.factors, labels),):
-        for _, own, _ in fact:
-            if set(keys) & _all(own, atoms) and (_all(own, atoms) - set(keys)) & (scores - k):
-                return "the scores are scaled by a factor of their own each"
+    for _, own, _ in found.scores.factors:
+        if set(keys) & _all(own, atoms) and (_all(own, atoms) - set(keys)) & (scores - k):
+            return "the scores are scaled by a factor of their own each"
     found.keys = keys
     found.depth = tuple(a for axis in atoms.settled(found.q_labels) for a in axis if a in k and a not in scores)
     found.width = tuple(a for axis in atoms.settled(found.out) for a in axis if a not in scores)
@@ -206,31 +204,29 @@ def _look_behind(found: Attention) -> None:
 
 
 def _unscaled(found: Attention, node: fx.Node, labels: Labels) -> tuple[fx.Node, Labels]:
-    start, scale = (node, labels), 1.0
-    best = start
+    start = best = (node, labels)
     for _ in range(8):
         node, labels = start
         step = behind(node, labels, found.atoms)
         if step is not None:
             start = step
             continue
-        number = _literal(node)
-        if number is None:
+        scaled = _literal(node)
+        if scaled is None:
             break
-        scale *= number
-        start = best = node.args[0], labels  # type: ignore[assignment]
-        found.scores.scale *= number
+        start = best = scaled[0], labels
+        found.scores.scale *= scaled[1]
     return best
 
 
-def _literal(node: fx.Node) -> float | None:
+def _literal(node: fx.Node) -> tuple[fx.Node, float] | None:
     """x * number and x / number"""
-    if not is_op(node, aten.mul, aten.div) or not isinstance(node.args[0], fx.Node) or len(node.args) != 2:
+    if not is_op(node, aten.mul, aten.div) or len(node.args) != 2:
         return None
-    other = node.args[1]
-    if isinstance(other, bool) or not isinstance(other, int | float) or other == 0:
+    x, other = node.args
+    if not isinstance(x, fx.Node) or isinstance(other, bool) or not isinstance(other, int | float) or other == 0:
         return None
-    return 1 / float(other) if is_op(node, aten.div) else float(other)
+    return x, 1 / float(other) if is_op(node, aten.div) else float(other)
 
 
 def _unrepeated(node: fx.Node, labels: Labels, atoms: Atoms) -> tuple[fx.Node, Labels] | None:
@@ -308,9 +304,8 @@ def _operand(
     """Casts to a wider dtype in front of the product are part of how it is computed."""
     source, own = node, labels
     while is_look(source) and (step := behind(source, own, found.atoms)) is not None:
-        if is_op(source, aten.to, aten._to_copy, aten.type_as) and value(step[0]).is_floating_point():
-            if value(step[0]).dtype == value(found.root).dtype:
-                node, labels = step
+        if is_op(source, aten.to, aten._to_copy, aten.type_as) and value(step[0]).dtype == value(found.root).dtype:
+            node, labels = step
         source, own = step
     x = arranged(node, labels, groups, found.atoms, edit)
     if x is None:
@@ -371,4 +366,4 @@ def _call(
 
 RULE = Transform("raise_attention", exactness=Exactness.ALGEBRAIC, phase=Phase.RAISE, run=run)
 
-__all__ = ["RULE", "torch"]
+__all__ = ["RULE"]

@@ -33,6 +33,33 @@ class Plan:
     bias: Factor | None = None
     times: Factor | None = None
     plus: Factor | None = None
+    parts: tuple[int, int] | None = None
+
+    def agrees(self, other: Plan) -> bool:
+        """The same operator, found at other sizes."""
+        facts = ("kind", "target", "place", "ddof", "channel", "axes")
+        if any(getattr(self, f) != getattr(other, f) for f in facts) or self.rows.split != other.rows.split:
+            return False
+        numbers = [(self.eps, other.eps), (self.constant, other.constant)]
+        for name in ("weight", "bias", "times", "plus"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if (mine is None) != (theirs is None):
+                return False
+            if mine is not None:
+                if mine.side != theirs.side or mine.axes != theirs.axes:
+                    return False
+                numbers += [(mine.scale, theirs.scale), (mine.offset, theirs.offset)]
+        return all(abs(a - b) <= 1e-9 * max(abs(a), abs(b)) for a, b in numbers)
+
+    def with_parts_of(self, other: Plan) -> Plan:
+        """Which stays when the split axis grows: the number of parts, or their length?"""
+        split = self.rows.split
+        if split is None:
+            return self
+        if self.rows.parts == other.rows.parts:
+            return replace(self, parts=(self.rows.parts, -1))
+        same = self.rows.length == other.rows.length
+        return replace(self, parts=(-1, self.rows.length)) if same else replace(self, target="none")
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -51,15 +78,15 @@ def plan_of(found: Standardised, region: Region, root: fx.Node) -> Plan | str:
     if _over_batch(found.rows, region.source):
         return "its statistics are taken over the batch"
     n = found.rows.size
-    form, divisor = _divisor(found.form, abs(found.gain.scale), n, region, root)
+    form, divisor = divisor_of(found.form, abs(found.gain.scale), n, region, root)
     if form is None:
         return "its scale is that of no known norm"
-    written = _literals(region)
+    written = literals(region)
     if form == "rms_norm" and found.place == "clamp" and _is_among(found.root0, written):
         form, divisor = "l2_norm", 1
     unit = math.sqrt(divisor)
     constant, weight = _gain(found.gain, unit)
-    found, eps = _eps(found, divisor, written)
+    found, eps = eps_of(found, divisor, written)
     ddof = 1 if abs(divisor - (n - 1)) < 0.5 and form in ("layer_norm", "rms_norm") and divisor != n else 0
     return _place_affine(form, found, eps, ddof, constant, weight, region)
 
@@ -72,7 +99,7 @@ def _over_batch(rows: Rows, source: fx.Node) -> bool:
     return not isinstance(first, int) or (several and len(rows.shape) >= 3)
 
 
-def _divisor(form: str, scale: float, n: int, region: Region, root: fx.Node) -> tuple[str | None, float]:
+def divisor_of(form: str, scale: float, n: int, region: Region, root: fx.Node) -> tuple[str | None, float]:
     """The kind, and the m of sum / m that the scale of the result shows."""
 
     def near(m: float) -> bool:
@@ -118,7 +145,7 @@ def snapped(number: float) -> float:
     return number
 
 
-def _eps(found: Standardised, divisor: float, written: list[float]) -> tuple[Standardised, float]:
+def eps_of(found: Standardised, divisor: float, written: list[float]) -> tuple[Standardised, float]:
     """eps in the terms of the operator: as it is written in the graph, where it is."""
     if found.root0 == 0:
         return found, 0.0
@@ -133,7 +160,7 @@ def _is_among(number: float, written: list[float]) -> bool:
     return any(abs(w - number) < 1e-9 * w for w in written)
 
 
-def _literals(region: Region) -> list[float]:
+def literals(region: Region) -> list[float]:
     return [abs(n) for node in region.nodes for n in _numbers((node.args, dict(node.kwargs))) if n]
 
 

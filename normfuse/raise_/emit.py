@@ -22,7 +22,7 @@ def can_emit(plan: Plan, region: Region) -> bool:
         return False
     if plan.target in ("group_norm", "instance_norm") and not _grouped_fits(plan):
         return False
-    if _is_split(plan) and not isinstance(shape(region.source)[plan.rows.split or 0], int):
+    if plan.parts is not None and plan.target == "group_norm" and plan.parts[0] == -1:
         return False
     for factor in (plan.times, plan.plus):
         if factor is not None and not _broadcasts(factor, region):
@@ -69,9 +69,9 @@ def _is_split(plan: Plan) -> bool:
 
 def _in_parts(plan: Plan, x: Value, edit: Editor) -> Value:
     """Rows that hold a part of an axis: the axis in two, the norm, the axis in one again."""
-    axis, size = plan.rows.split, plan.rows.shape[plan.rows.split or 0]
+    axis = plan.rows.split
     assert axis is not None
-    parts = edit.call(aten.unflatten.int, x, axis, [size // plan.rows.length, plan.rows.length])
+    parts = edit.call(aten.unflatten.int, x, axis, list(plan.parts or (plan.rows.parts, plan.rows.length)))
     return edit.call(aten.flatten.using_ints, _call(plan, parts, None, None, edit), axis, axis + 1)
 
 
@@ -83,8 +83,7 @@ def _grouped(plan: Plan, x: Value, weight: Value | None, bias: Value | None, edi
     if plan.target == "instance_norm":
         y = edit.call(aten.instance_norm.default, x, weight, bias, None, None, True, 0.0, plan.eps, False)
     else:
-        groups = 1 if plan.rows.split is None else plan.rows.shape[plan.rows.split] // plan.rows.length
-        y = edit.call(aten.group_norm.default, x, groups, weight, bias, plan.eps, False)
+        y = edit.call(aten.group_norm.default, x, plan.rows.parts, weight, bias, plan.eps, False)
     return edit.call(aten.movedim.int, y, 1, plan.channel) if moved else y
 
 
@@ -233,6 +232,6 @@ def _loose(factor: Factor | None, region: Region, x: Value, edit: Editor) -> Val
         return None
     node = stripped(region.sides[factor.side], value(x.node).dtype)
     last = rank(region.source) - 1
-    if factor.axes == (last,) and rank(node) == 1 or not factor.axes:
+    if (factor.axes == (last,) and rank(node) == 1) or not factor.axes:
         return _scaled(edit.value(node), factor)
     return _behind(factor, region, edit)

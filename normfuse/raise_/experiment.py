@@ -27,10 +27,12 @@ class Impossible(Exception):
 class Concrete:
     """Numbers for the free sizes of a program, and the values of its fixed nodes at those sizes."""
 
-    def __init__(self, program: Program, roles: Roles, *, small: bool = True) -> None:
+    def __init__(self, program: Program, roles: Roles, *, small: bool = True, variant: int = 0) -> None:
+        """`small`: sizes of our own, else those of the example; each `variant` of either has other sizes."""
         self.program = program
         self.roles = roles
         self.small = small
+        self.variant = variant
         self._sizes: dict[Any, int] = {}
         self._symbols: dict[Any, int] = {}
         self._fixed: dict[fx.Node, Any] = {}
@@ -50,9 +52,9 @@ class Concrete:
             hint = size.node.hint
             if hint is None:
                 raise Impossible("a size is not known")
-            return int(hint)
+            return int(hint) * (self.variant + 1)
         for symbol in sorted(expr.free_symbols, key=str):
-            self._symbols.setdefault(symbol, _SMALL[len(self._symbols) % len(_SMALL)])
+            self._symbols.setdefault(symbol, _SMALL[(len(self._symbols) + 2 * self.variant) % len(_SMALL)] + self.variant)
         chosen = expr.xreplace({s: self._symbols[s] for s in expr.free_symbols})
         if int(chosen) != chosen or int(chosen) < 2:
             raise Impossible("a size would vanish")

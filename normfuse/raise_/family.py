@@ -148,10 +148,11 @@ def _with_factors(
         scale = draws.factor(sign * alpha.mean().reshape(1))
         moved = draws.factor(sign * offset.mean().reshape(1)) if has_offset else None
         gains, shifts = draws.factor(sign * gain), draws.factor(shift) if has_shift else None
-        complete = scale and gains and (moved or not has_offset) and (shifts or not has_shift)
-        if complete and scale is not None and scale.side is not None and gains is not None:
-            if shifts is None or shifts.side is not None:
-                return Squashed(kind, scale, moved, gains, shifts)
+        if scale is None or scale.side is None or gains is None:
+            continue
+        complete = (moved is not None or not has_offset) and (shifts is not None or not has_shift)
+        if complete and (shifts is None or shifts.side is not None):
+            return Squashed(kind, scale, moved, gains, shifts)
     return None
 
 

@@ -164,7 +164,8 @@ def _identify(place: Place, concrete: Concrete) -> Frozen | None:
         third = evaluate(some, drawn)
     except (Impossible, KeyError, RuntimeError):
         return None
-    if not all_finite(shift, scale) or float((third - 0.37 * scale - shift).abs().amax()) > _CLOSE * float(third.abs().amax()):
+    bend = (third - 0.37 * scale - shift).abs().amax()
+    if not all_finite(shift, scale) or float(bend) > _CLOSE * float(third.abs().amax()):
         return None
     axes = set(varying_axes(scale) or ()) | set(varying_axes(shift) or ())
     if len(axes) != 1:
@@ -213,8 +214,7 @@ def _assign(place: Place, drawn: list[Tensor], scale: Tensor, shift: Tensor, cha
     flat = [d.flatten() for d in drawn]
     others: list[int | None] = [*range(len(flat))]
     for var, mean in itertools.permutations(range(len(flat)), 2):
-        rest = [i for i in others if i not in (var, mean)]
-        rest = (rest + [None, None])[:2]
+        rest = [*(i for i in others if i not in (var, mean)), None, None][:2]
         for gain, added in {(rest[0], rest[1]), (rest[1], rest[0])}:
             eps = _eps(flat[var], scale if gain is None else scale / flat[gain])
             if eps is None:
@@ -247,9 +247,8 @@ def _replace(place: Place, found: Frozen, edit: Editor) -> None:
         wanted = value(root).dtype
         if torch.finfo(wanted).bits > torch.finfo(value(source).dtype).bits:
             x = x.to(wanted)
-        mean, var, gain, shift = (
-            None if i is None else _vector(place.leaves[i], x, edit) for i in (found.mean, found.var, found.gain, found.shift)
-        )
+        places = (found.mean, found.var, found.gain, found.shift)
+        mean, var, gain, shift = (None if i is None else _vector(place.leaves[i], x, edit) for i in places)
         moved = found.channel != 1 or rank(source) < 2
         if moved:
             x = edit.call(aten.movedim.int, x, found.channel, 1)

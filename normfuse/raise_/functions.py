@@ -68,7 +68,8 @@ class Candidate:
         negative = any(f is not None and f.scale < 0 for f in (plan.weight, plan.times)) or plan.constant < 0
         size = len(self.region.inside(self.root))
         views = plan.rows.split is not None
-        return (-behind, _TIER[plan.kind] >= 3, absorbed, not negative, narrow, -bits, views, _TIER[plan.kind], -self.distance, -size)
+        tier = _TIER[plan.kind]
+        return (-behind, tier >= 3, absorbed, not negative, narrow, -bits, views, tier, -self.distance, -size)
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:
@@ -93,20 +94,38 @@ def _best(seed: fx.Node, roles: Roles, probe: Probe) -> Candidate | None:
             root = region.nodes[place - 1]
             if seed not in region.inside(root) or not root.users:
                 continue
-            candidate = _candidate(region, root, finding, distance)
+            again = None if verdict.again is None else verdict.again.findings.get(place)
+            if verdict.again is not None and again is None:
+                continue  # an accident of the sizes
+            candidate = _candidate(region, root, finding, again, distance)
             if candidate is not None and not _is_canonical(candidate):
                 found.append(candidate)
     whole = [c for c in found if not _leaks(c, found)]
     return max(whole, key=Candidate.merit, default=None)
 
 
-def _candidate(region: Region, root: fx.Node, finding: Any, distance: int) -> Candidate | None:
+def _candidate(region: Region, root: fx.Node, finding: Any, again: Any, distance: int) -> Candidate | None:
     if not isinstance(finding, Standardised):
-        return Candidate(region, root, finding, None, distance)
+        same = again is None or _alike(finding, again)
+        return Candidate(region, root, finding, None, distance) if same else None
     plan = plan_of(finding, region, root)
-    if isinstance(plan, str) or not can_emit(plan, region):
+    if isinstance(plan, str):
         return None
-    return Candidate(region, root, finding, plan, distance)
+    if again is not None:
+        other = plan_of(again, region, root) if isinstance(again, Standardised) else ""
+        if isinstance(other, str) or not plan.agrees(other):
+            return None
+        plan = plan.with_parts_of(other)
+    return Candidate(region, root, finding, plan, distance) if can_emit(plan, region) else None
+
+
+def _alike(one: Any, two: Any) -> bool:
+    if type(one) is not type(two) or one.kind != two.kind:
+        return False
+    if isinstance(one, Softmax):
+        mine, theirs = (None if f.rows is None else (f.rows.axes, f.rows.split) for f in (one, two))
+        return mine == theirs and one.axis == two.axis and abs(one.scale - two.scale) < 1e-9
+    return not isinstance(one, Squashed) or one.alpha.side == two.alpha.side
 
 
 def _is_canonical(candidate: Candidate) -> bool:

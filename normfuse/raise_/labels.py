@@ -46,8 +46,9 @@ class Atoms:
 
     def split(self, atom: int, first: Any, second: Any) -> tuple[int, int]:
         self.sizes += [first, second]
-        self._parts[atom] = (len(self.sizes) - 2, len(self.sizes) - 1)
-        return self._parts[atom]
+        parts = (len(self.sizes) - 2, len(self.sizes) - 1)
+        self._parts[atom] = parts
+        return parts
 
     # -- reshapes
 
@@ -175,7 +176,7 @@ def order_of(node: fx.Node) -> list[int] | None:
         order[a], order[b] = order[b], order[a]
         return order
     if is_op(node, aten.t, aten.mT, aten.numpy_T, aten.matrix_H):
-        return list(range(n - 2)) + [n - 1, n - 2] if n >= 2 else None
+        return [*range(n - 2), n - 1, n - 2] if n >= 2 else None
     if is_op(node, aten.movedim, aten.moveaxis):
         source, target = given["source"], given["destination"]
         sources = [source] if isinstance(source, int) else list(source)

@@ -34,7 +34,7 @@ def mask_of(
     roles: Roles,
     concretes: Sequence[Concrete],
     edit: Editor,
-) -> tuple[Value | None | str, bool]:
+) -> tuple[Value | str | None, bool]:
     """(the mask or None or why there is none, is it causal?)"""
     if not biases:
         return None, False

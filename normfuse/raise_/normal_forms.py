@@ -1,4 +1,4 @@
-"""raise_normal_forms:  f(x), f(x)  ->  one f(x);  (e v) / sum(e)  ->  (e / sum(e)) v
+"""raise_normal_forms:  f(x), f(x)  ->  one f(x);  (e v) / sum(e)  ->  (e / sum(e)) v;  linear(x, v) s  ->  linear(x, v s)
 
 Exactness: algebraic.
 Legal if:  two calls have the same operator and the same arguments, and draw no random numbers; the sum runs over the axis
@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from normfuse.analysis import Facts
-from normfuse.analysis.constants import is_random
+from normfuse.analysis.constants import is_random, weight_only
 from normfuse.node import argument, aten, is_op, rank
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
@@ -34,6 +34,8 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
     for node in list(program.graph.nodes):
         if is_op(node, aten.div):
             _divide_first(node, edit)
+        elif is_op(node, aten.mul):
+            _scale_weight(node, facts, edit)
 
 
 def _divide_first(node: fx.Node, edit: Editor) -> None:
@@ -48,6 +50,33 @@ def _divide_first(node: fx.Node, edit: Editor) -> None:
     with edit.at(node):
         shares = edit.call(aten.div.Tensor, weights, total)
         edit.replace(node, edit.call(product.target, shares, values))
+
+
+def _scale_weight(node: fx.Node, facts: Facts, edit: Editor) -> None:
+    """linear(x, v) * s(v): the scale of a weight by its own norm belongs to the weight."""
+    weights = facts(weight_only)
+    for projected, scale in (node.args[:2], node.args[1::-1]):
+        if not isinstance(projected, fx.Node) or not is_op(projected, aten.linear) or scale not in weights:
+            continue
+        weight = argument(projected, "weight")
+        fits = rank(scale) == 1 and weight.op == "get_attr" and len(projected.users) == 1
+        if fits and argument(projected, "bias") is None and _depends(scale, weight):
+            with edit.at(node):
+                scaled = edit.value(weight) * edit.value(scale).unsqueeze(1)
+                edit.replace(node, edit.rebuild(projected, weight=scaled))
+            facts.drop()
+            return
+
+
+def _depends(node: Any, source: fx.Node) -> bool:
+    stack, seen = [node], {node}
+    while stack:
+        current = stack.pop()
+        if current is source:
+            return True
+        stack.extend(n for n in current.all_input_nodes if n not in seen)
+        seen.update(current.all_input_nodes)
+    return False
 
 
 def _key(item: Any) -> Any:

@@ -59,10 +59,14 @@ def is_seed(node: fx.Node, roles: Roles) -> bool:
 
 @dataclass
 class Verdict:
-    """What the probe found in one region: the root by its place in the region, and what it is; or why not."""
+    """What the probe found in one region: the root by its place in the region, and what it is; or why not.
+
+    `again` is the verdict at other sizes, where sizes that may vary are part of what is computed.
+    """
 
     findings: dict[int, Finding] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    again: Verdict | None = None
 
 
 class Probe:
@@ -71,7 +75,12 @@ class Probe:
     def __init__(self, program: Program, roles: Roles) -> None:
         self.roles = roles
         self.concrete = Concrete(program, roles)
-        self.hinted = Concrete(program, roles, small=False)
+        self.sizes = (
+            self.concrete,
+            Concrete(program, roles, variant=1),
+            Concrete(program, roles, small=False),
+            Concrete(program, roles, small=False, variant=1),
+        )
         self.known: dict[Any, Verdict] = {}
         self.runs = 0
 
@@ -82,21 +91,29 @@ class Probe:
         return region, self.known[region.key]
 
     def _evaluate(self, region: Region) -> Verdict:
-        for concrete in (self.concrete, self.hinted):
+        verdict: Verdict | None = None
+        for concrete in self.sizes:
             try:
-                if 4 <= numel(concrete.shape(region.source)) <= MAX_ELEMENTS:
-                    return self._with(region, Experiment(region, concrete, SEED))
+                if not 4 <= numel(concrete.shape(region.source)) <= MAX_ELEMENTS:
+                    continue
+                found = self._with(region, Experiment(region, concrete, SEED))
             except Impossible:
                 continue
-        return Verdict()
+            if verdict is not None:
+                verdict.again = found
+                break
+            verdict = found
+            if not _depends_on_sizes(region, found):
+                break
+        return verdict or Verdict()
 
     def _with(self, region: Region, experiment: Experiment) -> Verdict:
         roots = self._roots(region)
         if not roots:
             return Verdict()
         draws = Standardisation(experiment)
-        if experiment.concrete.small and any(n not in draws.moderate_values[0] for n in region.nodes):
-            raise Impossible("an operator fails at small sizes")
+        if any(n not in draws.moderate_values[0] for n in region.nodes):
+            raise Impossible("an operator fails at these sizes")
         if not any(self._finite(draws, root) for root in roots):
             experiment.positive_sides()
             draws = Standardisation(experiment)
@@ -155,6 +172,18 @@ class Probe:
             return identify_pointwise(draws, root)
         softmax = identify_softmax(draws, root, rows)
         return softmax if softmax is not None else draws.identify(root, rows)
+
+
+def _depends_on_sizes(region: Region, verdict: Verdict) -> bool:
+    """May what was found be an accident of the sizes at which it was found?"""
+    if not verdict.findings:
+        return False
+    if any(isinstance(value(n), torch.SymInt | torch.SymFloat) for n in region.sides):
+        return True
+    sizes = shape(region.source)
+    rows = [f.rows for f in verdict.findings.values() if isinstance(f, Standardised | Softmax) and f.rows is not None]
+    axes = {a for r in rows for a in (*r.axes, *((r.split,) if r.split is not None else ()))}
+    return any(not isinstance(sizes[a], int) for a in axes)
 
 
 def _changed(x: Tensor, position: int) -> Tensor:

@@ -135,11 +135,11 @@ def region_from(source: fx.Node, roles: Roles, describe: Callable[[fx.Node], Any
             inside[node] = len(inside) + 1
             push(node)
     region = Region(source, list(inside), [], index=inside)
-    _close(region, roles, describe)
+    close(region, roles, describe)
     return region
 
 
-def _close(region: Region, roles: Roles, describe: Callable[[fx.Node], Any]) -> None:
+def close(region: Region, roles: Roles, describe: Callable[[fx.Node], Any]) -> None:
     """Collect the sides and spell the region as a hashable key."""
     sides: dict[fx.Node, int] = {}
 

@@ -24,6 +24,11 @@ class Rows:
             total *= self.shape[axis]
         return total
 
+    @property
+    def parts(self) -> int:
+        """Rows along the split axis."""
+        return 1 if self.split is None else self.shape[self.split] // self.length
+
     def _layout(self) -> tuple[list[int], list[int]]:
         """The shape with the split axis in two, and the order that puts what lies within a row last."""
         sizes: list[int] = []

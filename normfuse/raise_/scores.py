@@ -217,8 +217,13 @@ class Reader:
             return None
         if self.roles(item) is Role.SIZE and self._is_free(item):
             return None
+        found = {self._number_at(item, concrete) for concrete in self.concretes}
+        return found.pop() if len(found) == 1 else None  # a number that differs from size to size is none
+
+    @staticmethod
+    def _number_at(item: fx.Node, concrete: Concrete) -> float | None:
         try:
-            known = self.concrete.fixed(item)
+            known = concrete.fixed(item)
         except Exception:
             return None
         if isinstance(known, int | float):
