@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from normfuse.capture import capture
+from normfuse.evaluate import run_float64
 from normfuse.verification.numerics import max_abs_error, relative_error, rounding
 
 from ..zoo.entry import Entry, Example
@@ -60,19 +61,14 @@ def tensors_of(model: nn.Module, example: Example) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
-def promoted(example: Example) -> Example:
-    return pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, example
-    )  # type: ignore[no-any-return]
-
-
 def error_ratio(model: nn.Module, examples: list[Example], run: Callable[[Example], list[Tensor]]) -> float:
     """The error against the float64 model in units of eager's error (or of one rounding, where that is larger).
 
     Of all examples together: the error of a few numbers is a matter of luck.
     """
-    double = copy.deepcopy(model).double()
-    wanted = [tensors_of(double, promoted(example)) for example in examples]
+    captured = capture(model, *examples[0])
+    leaves = [captured.signature.flatten(*copy.deepcopy(example)) for example in examples]
+    wanted = [[leaf for leaf in outputs if isinstance(leaf, Tensor)] for outputs in run_float64(captured, leaves)]
     own = [tensors_of(model, example) for example in examples]
     got = [run(example) for example in examples]
     errors, theirs = relative_error(got, wanted), relative_error(own, wanted)

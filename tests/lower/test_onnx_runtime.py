@@ -115,9 +115,13 @@ def test_a_missing_provider_or_package_is_told_before_anything_is_done(monkeypat
     model, x = nn.LayerNorm(8).eval(), (torch.randn(2, 8),)
     with pytest.raises(normfuse.LoweringError, match=r"no provider 'TensorrtX' here: choose one of .*CPUExecutionProvider"):
         normfuse.optimize(model, x, backend="onnxruntime:TensorrtX")
-    with pytest.raises(normfuse.LoweringError, match="unknown backend 'onnx': choose one of torch, inductor, onnxruntime, auto"):
+    with pytest.raises(
+        normfuse.LoweringError, match="unknown backend 'onnx': choose one of torch, inductor, onnxruntime, auto"
+    ):
         normfuse.optimize(model, x, backend="onnx")
-    assert torch.equal(normfuse.optimize(model, x, backend="onnxruntime:cpu")(*x), normfuse.optimize(model, x, backend="onnxruntime")(*x))
+    assert torch.equal(
+        normfuse.optimize(model, x, backend="onnxruntime:cpu")(*x), normfuse.optimize(model, x, backend="onnxruntime")(*x)
+    )
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(normfuse.LoweringError, match=r"needs the package onnxruntime: pip install 'normfuse\[onnx\]'"):
         normfuse.optimize(model, x, backend="onnxruntime")

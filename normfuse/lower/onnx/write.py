@@ -157,6 +157,7 @@ def _check_tensors(program: Program) -> None:
 
 def _translate(form: Program, choice: Choice) -> Any:
     exported = to_exported(form)
+    _settle(form)
     try:
         with _quiet(), torch.no_grad():
             written: Any = torch.onnx.export(
@@ -171,6 +172,13 @@ def _translate(form: Program, choice: Choice) -> Any:
     except Exception as error:
         raise LoweringError(f"the model cannot be written as ONNX: {_reason(error)}") from error
     return written.model
+
+
+def _settle(form: Program) -> None:
+    """Sizes that depend on values are known by the graph's own nodes; none may be left over from making it."""
+    pending = getattr(getattr(form.fake_mode, "shape_env", None), "pending_fresh_unbacked_symbols", None)
+    if pending:
+        pending.clear()
 
 
 def _clean(model: Any) -> None:

@@ -1,0 +1,183 @@
+"""The ONNX form: one operator per attention, products without views, rows moved once; and what must be left as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import normfuse
+from normfuse.models import gpt
+
+from . import onnx_runs
+
+HEADS, WIDTH, CHANNELS = 4, 8, 32
+
+
+def written(model: nn.Module, args: tuple[Tensor, ...], path: Path, **options: object) -> dict[str, int]:
+    """Operators of the file, which must compute what the model does at this and at another batch."""
+    told = normfuse.export_onnx(model.eval(), path, args, **options)  # type: ignore[arg-type]
+    wider = tuple(torch.cat([a, a.flip(0)]) for a in args)
+    for on in (True, False):
+        assert onnx_runs.file_error(model, [(args, {}), (wider, {})], path, optimized=on) <= 2
+    return dict(told.operators)
+
+
+def test_a_decoder_is_products_norms_attentions_and_adds(tmp_path: Path) -> None:
+    model = gpt.build("small")
+    operators = written(model, gpt.example("small")[0], tmp_path / "gpt.onnx")
+    assert operators["Attention"] == 2 and operators["RMSNormalization"] == 5 and operators["Gelu"] == 2
+    assert operators["MatMul"] + operators.get("Gemm", 0) == 2 * 6 + 1
+    assert not set(operators) & {"Transpose", "Split", "Softmax", "Where", "IsNaN", "Slice"}
+
+
+class Heads(nn.Module):
+    """Self-attention with its heads taken from one projection in several ways."""
+
+    def __init__(self, spelling: str) -> None:
+        super().__init__()
+        self.spelling = spelling
+        self.qkv = nn.Linear(CHANNELS, 3 * CHANNELS)
+        self.out = nn.Linear(CHANNELS, CHANNELS)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, ...]:
+        b, n, _ = x.shape
+        qkv = self.qkv(x)
+        if self.spelling == "chunk":
+            return tuple(t.view(b, n, HEADS, WIDTH).transpose(1, 2) for t in qkv.chunk(3, -1))
+        if self.spelling == "permute":
+            return qkv.reshape(b, n, 3, HEADS, WIDTH).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.spelling == "slice":
+            return tuple(
+                qkv[..., i * CHANNELS : (i + 1) * CHANNELS].unflatten(-1, (HEADS, WIDTH)).permute(0, 2, 1, 3)
+                for i in range(3)
+            )
+        return tuple(qkv.unflatten(-1, (HEADS, 3, WIDTH)).transpose(1, 2).unbind(-2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.scaled_dot_product_attention(*self.heads(x), scale=0.3)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("spelling", ["chunk", "permute", "slice"])
+def test_heads_are_read_from_the_projections_themselves(spelling: str, tmp_path: Path) -> None:
+    operators = written(Heads(spelling), (torch.randn(2, 5, CHANNELS),), tmp_path / "a.onnx")
+    assert operators == {"MatMul": 4, "Add": 4, "Attention": 1}
+
+
+def test_interleaved_heads_are_no_slice_of_the_channels(tmp_path: Path) -> None:
+    operators = written(Heads("interleaved"), (torch.randn(2, 5, CHANNELS),), tmp_path / "a.onnx")
+    assert operators["Attention"] == 1 and operators["MatMul"] == 2 and operators["Transpose"] >= 1
+
+
+class Masked(nn.Module):
+    def __init__(self, mask: str) -> None:
+        super().__init__()
+        self.mask = mask
+        self.q, self.k, self.v = (nn.Linear(CHANNELS, c) for c in (CHANNELS, CHANNELS // 2, CHANNELS // 2))
+        self.register_buffer("table", torch.ones(64, 64, dtype=torch.bool).tril().triu(-40))
+        self.bias = nn.Parameter(torch.randn(HEADS, 5, 5))
+
+    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (t.view(b, n, -1, WIDTH).transpose(1, 2) for t in (self.q(x), self.k(x), self.v(x)))
+        place = torch.arange(n)
+        masks = {
+            "none": None,
+            "keys": keep[:, None, None, :],
+            "causal keys": keep[:, None, None, :] & (place[:, None] >= place),
+            "triangle": place[:, None] >= place,
+            "tril": torch.ones(n, n, dtype=torch.bool).tril()[None, None],
+            "window": (place[:, None] >= place) & (place[:, None] - place < 3),
+            "table": self.table[:n, :n],
+            "bias": self.bias,
+        }
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=masks[self.mask], enable_gqa=True)
+        return y.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("mask", ["none", "keys", "causal keys", "triangle", "tril", "window", "table", "bias"])
+@pytest.mark.parametrize("target", ["onnxruntime", "onnx"])
+def test_masks_mean_what_they_mean_in_torch(mask: str, target: str, tmp_path: Path) -> None:
+    """Rows without a key among them: both runtimes give zeros there, as torch does."""
+    keep = torch.tensor([[True, True, False, True, False], [False, False, True, False, False]])
+    path = tmp_path / "a.onnx"
+    args = (torch.randn(2, 5, CHANNELS), keep)
+    operators = written(Masked(mask), args, path, target=target)
+    assert operators["Attention"] == 1
+    assert not set(operators) & {"Softmax", "IsNaN"}
+    if mask in ("none", "triangle", "tril"):
+        assert operators == {"MatMul": 3, "Add": 3, "Attention": 1}
+
+
+@pytest.mark.parametrize(("mask", "length"), [("window", 12), ("table", 60), ("triangle", 60)])
+def test_a_window_is_no_triangle_however_wide(mask: str, length: int, tmp_path: Path) -> None:
+    model, path = Masked(mask).eval(), tmp_path / "a.onnx"
+    normfuse.export_onnx(model, path, (torch.randn(2, 5, CHANNELS), torch.ones(2, 5, dtype=torch.bool)))
+    longer = (torch.randn(2, length, CHANNELS), torch.ones(2, length, dtype=torch.bool))
+    assert onnx_runs.file_error(model, [(longer, {})], path) <= 2
+
+
+class Windows(nn.Module):
+    """Swin's ways of moving patches: shift, partition, reverse, merge; or rows torn apart."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b = x.shape[0]
+        x = self.before(x)
+        if self.what == "merge":
+            x = x.view(b, 8, 8, 6)
+            x = torch.cat([x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)], -1).view(b, 16, 24)
+            return self.after(x.view(b, 16, 4, 6))
+        x = torch.roll(x.view(b, 8, 8, 6), (-2, -2), (1, 2))
+        x = x.view(b, 2, 4, 2, 4, 6).transpose(2, 3).reshape(-1, 16, 6)
+        if self.what == "torn":
+            return self.after(x.flip(-1).transpose(1, 2).reshape(-1, 6))
+        x = self.after(x).sin()
+        x = x.view(-1, 2, 2, 4, 4, 3).permute(0, 1, 3, 2, 4, 5).reshape(b, 8, 8, 3)
+        return torch.roll(x, (2, 2), (1, 2)).view(b, 64, 3) + 1
+
+
+@pytest.mark.parametrize(("what", "gathers"), [("merge", 1), ("shift", 2)])
+def test_rows_of_channels_move_once(what: str, gathers: int, tmp_path: Path) -> None:
+    operators = written(Windows(what), (torch.randn(2, 64, 6),), tmp_path / "a.onnx")
+    assert operators["Gather"] == gathers
+    assert not set(operators) & {"Slice", "Concat", "Transpose"}
+
+
+def test_rows_that_are_torn_are_moved_as_they_were(tmp_path: Path) -> None:
+    written(Windows("torn"), (torch.randn(2, 64, 6),), tmp_path / "a.onnx")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.linear(F.pad(self.table(ids), (0, 0)), self.table.weight)
+
+
+def test_a_tied_weight_stands_in_the_file_once(tmp_path: Path) -> None:
+    import onnx
+
+    path = tmp_path / "tied.onnx"
+    operators = written(Tied(), (torch.randint(0, 11, (2, 5)),), path)
+    assert operators["Gemm"] == 1 and "Pad" not in operators and "Transpose" not in operators
+    assert sum(tuple(i.dims) in ((11, 6), (6, 11)) for i in onnx.load(str(path)).graph.initializer) == 1
+
+
+def test_attention_without_heads_and_with_other_widths(tmp_path: Path) -> None:
+    class Bare(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    args = (torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 6))
+    assert written(Bare(), args, tmp_path / "a.onnx")["Attention"] == 1
