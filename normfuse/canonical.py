@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
+from normfuse.analysis.constants import constants
 from normfuse.errors import CaptureError
 from normfuse.node import argument, arguments, aten, dtype, is_getitem, is_op, source_line, value
 from normfuse.ops import RMS_NORM
@@ -31,8 +32,19 @@ def from_exported(exported: ExportedProgram) -> Program:
     program = _Builder(exported).build()
     _simplify(program)
     program.drop_dead()
+    _weights_first(program)
     program.graph.lint()
     return program
+
+
+def _weights_first(program: Program) -> None:
+    """What depends on parameters alone stands before what depends on inputs: a weight can then feed any operator."""
+    place = next((n for n in reversed(program.graph.nodes) if n.op == "placeholder"), None)
+    for node in sorted(constants(program)):
+        if place is not None and place.next is not node:
+            place.append(node)
+        place = node
+        node.meta["constant"] = True
 
 
 # -- mutation -----------------------------------------------------------------------------------------------------

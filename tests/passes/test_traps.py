@@ -265,3 +265,20 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     optimized = everything(randomized(Mixed()).to(dtype), images(3, 6, 6).to(dtype))
     assert set(optimized.report.fired) >= {"fold_batch_norm", "merge_branches", "fold_layer_scale", "fold_scalars"}
     assert {p.dtype for p in optimized.parameters()} == {dtype}
+
+
+class LateScale(nn.Module):
+    """The factor is computed from a parameter after its tensor has been read: weights must not wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.temperature = nn.Linear(6, 6), nn.Parameter(torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x).view(x.shape[0], -1, 2, 3)
+        return torch.softmax(y.transpose(1, 2) / torch.sqrt(self.temperature.abs() * 3), -1)
+
+
+def test_a_factor_that_is_computed_late() -> None:
+    optimized = everything(randomized(LateScale()), torch.randn(2, 4, 6) + 0.4)
+    assert optimized.report.fired["fold_scalars"] == 1
