@@ -13,7 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 
 from normfuse.analysis.constants import constants
 from normfuse.errors import CaptureError
-from normfuse.node import argument, arguments, aten, dtype, is_getitem, is_op, source_line, value
+from normfuse.node import argument, arguments, aten, dtype, expression, is_getitem, is_op, source_line, value
 from normfuse.ops import RMS_NORM
 from normfuse.program import Kind, Leaf, Origin, Program, Signature
 
@@ -278,7 +278,7 @@ def _leaf(node: fx.Node, spec: InputSpec) -> Leaf:
         if isinstance(val, torch.SymInt | torch.SymFloat):
             raise CaptureError(f"input {node.name!r} is a free number: pass it as a tensor, or keep it fixed")
         return Leaf(node.name, constant=constant)
-    sizes = tuple(s if isinstance(s, int) else _size(s.node.expr) for s in val.shape)
+    sizes = tuple(s if isinstance(s := expression(size), int) else _size(s) for size in val.shape)
     return Leaf(node.name, val.dtype, sizes)
 
 

@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -68,7 +68,7 @@ class Signature:
             self._check(direct)
             return direct
         bound_args, bound_kwargs = bind(self.parameters, args, kwargs)
-        wanted: tuple[str, ...] = tuple(self.in_spec.child(1).context or ())
+        wanted = cast("tuple[str, ...]", tuple(self.in_spec.child(1).context or ()))
         extra = {k: v for k, v in bound_kwargs.items() if k not in wanted}
         if surplus := [k for k, v in extra.items() if v is not None and not self._is_default(k, v)]:
             raise InputError(
@@ -98,7 +98,7 @@ class Signature:
         names = self._flat_names
         if names is None or len(args) > len(names[0]) or len(args) + len(kwargs) != len(names[1]):
             return None
-        given = dict(zip(names[0], args, strict=False)) | kwargs
+        given: dict[str, Any] = {**dict(zip(names[0], args, strict=False)), **kwargs}
         if len(given) != len(names[1]):
             return None
         leaves = [given.get(name) for name in names[1]]

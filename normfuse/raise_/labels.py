@@ -46,7 +46,7 @@ class Atoms:
 
     def split(self, atom: int, first: Any, second: Any) -> tuple[int, int]:
         self.sizes += [first, second]
-        parts = (len(self.sizes) - 2, len(self.sizes) - 1)
+        parts = len(self.sizes) - 2, len(self.sizes) - 1
         self._parts[atom] = parts
         return parts
 
