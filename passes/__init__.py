@@ -23,6 +23,7 @@ from . import (
     merge_lora,
     migrate_scales,
     remove_inference_noops,
+    rms_norm_to_crms_norm,
     rotate_residual,
 )
 
@@ -38,6 +39,7 @@ TABLE: tuple[Rule, ...] = (
     merge_linears.RULE,
     layer_norm_to_rms_norm.RULE,
     fold_norm_affine.RULE,
+    rms_norm_to_crms_norm.RULE,
     rotate_residual.RULE,
     migrate_scales.RULE,
 )

@@ -24,11 +24,11 @@ from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.streams import Reader, Stream, stream_of
 from normfuse.analysis.writers import writers
 from normfuse.node import argument, aten, is_op, op_name, rank, site
-from normfuse.ops import RMS_NORM
+from normfuse.ops import CRMS_NORM, RMS_NORM
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 from normfuse.rewrite.calibration import principal_axes
-from normfuse.rewrite.channels import map_writer
+from normfuse.rewrite.channels import map_writer, times
 from normfuse.rewrite.heads import map_value_heads
 from normfuse.rewrite.orthogonal import hadamard_rotation, is_orthogonal, random_orthogonal
 
@@ -76,7 +76,7 @@ def configured(
 def _rotate_streams(program: Program, facts: Facts, edit: Editor, make: Make) -> None:
     done: set[fx.Node] = set()
     plain = frozenset(n for n in program.graph.nodes if is_op(n, RMS_NORM) and _is_plain(n))
-    for norm in [n for n in program.graph.nodes if is_op(n, RMS_NORM, aten.layer_norm)]:
+    for norm in [n for n in program.graph.nodes if is_op(n, RMS_NORM, CRMS_NORM, aten.layer_norm)]:
         if norm in done or norm in facts(weight_only):
             continue
         found = stream_of(norm.args[0], rank(norm) - 1, facts(weight_only), plain)  # type: ignore[arg-type]
@@ -99,6 +99,8 @@ def _blocker(found: Stream, facts: Facts) -> str | None:
         node, where = reader.node, f"{op_name(reader.node)} at {site(reader.node)}"
         if is_op(node, aten.layer_norm):
             return f"the stream is read by {where}: run layer_norm_to_rms_norm before"
+        if is_op(node, CRMS_NORM):
+            return f"the {where} needs its own basis: use the householder form of rms_norm_to_crms_norm"
         if is_op(node, RMS_NORM):
             return f"the {where} has a gain or other axes: run fold_norm_affine before"
         if node.op == "output":
@@ -116,11 +118,7 @@ def _projection(reader: Reader, facts: Facts) -> Projection | None:
 
 
 def _rotate(found: Stream, matrix: Value, edit: Editor, facts: Facts) -> None:
-    def turn(weight: Value, axis: int) -> Value:
-        rotation = matrix.to(weight.node.meta["val"].dtype)
-        last = weight.ndim - 1
-        return weight @ rotation if axis == last else (weight.transpose(axis, last) @ rotation).transpose(axis, last)
-
+    turn = times(matrix)
     readers = [read for reader in found.readers if (read := _projection(reader, facts)) is not None]
     for writer in found.writers:
         map_writer(edit, facts(writers), writer, turn)

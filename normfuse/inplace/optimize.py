@@ -56,43 +56,48 @@ def optimize_modules(
 def _writable(
     model: nn.Module, pipeline: Pipeline, trials: Trials | None, silent: frozenset[str]
 ) -> tuple[Result, Plan, list[Refusal]]:
-    """The largest set of rewrites, found by leaving out those to blame for each problem, that the modules can hold."""
+    """A set of rewrites that the modules can hold, found by leaving out those to blame for each problem."""
     raised, _ = pipeline.raise_()
     cleaner = Pipeline(pipeline.captured, [r for r in pipeline.rules if r.name in silent], named=pipeline.named)
     old = cleaner.rewrite(raised, Log())
+
+    def attempt(excluded: frozenset[FiringKey]) -> tuple[Plan, Log]:
+        log = Log(excluded=excluded)
+        return plan_write_back(model, old, pipeline.rewrite(raised, log)), log
+
     excluded: frozenset[FiringKey] = frozenset()
     refusals: dict[Refusal, None] = {}
     while True:
-        log = Log(excluded=excluded)
-        plan = plan_write_back(model, old, pipeline.rewrite(raised, log))
+        plan, log = attempt(excluded)
         if not plan.problems:
             result = pipeline.run(trials, excluded)
             plan, log = plan_write_back(model, old, result.unbaked), result.log
             if not plan.problems:
                 return result, plan, list(refusals)
-        guilty = _guilty(plan, log, silent, refusals)
-        if not guilty - excluded:
+        suspects = _suspects(plan, log, silent)
+        if not suspects:
             raise VerificationError(f"the rewritten program cannot be told apart by module: {plan.problems[0].reason}")
+        guilty = suspects[0]
+        if len(suspects) > 1:
+            guilty = min(suspects, key=lambda keys: len(attempt(excluded | keys)[0].problems))
+        refusals |= dict.fromkeys(_refused(plan, log, guilty))
         excluded |= guilty
 
 
-def _guilty(plan: Plan, log: Log, silent: frozenset[str], refusals: dict[Refusal, None]) -> frozenset[FiringKey]:
-    known = set(log.permits)
-    guilty: set[FiringKey] = set()
+def _suspects(plan: Plan, log: Log, silent: frozenset[str]) -> list[frozenset[FiringKey]]:
+    """The rewrites that may have made the problems, by pass, the last pass first."""
+    named = {key for problem in plan.problems for key in problem.firings}
+    permits = [key for key in reversed(log.permits) if key[0] not in silent]
+    if not named & set(permits):
+        return [frozenset({key}) for key in permits[:1]]  # nothing tells: the last one that could have
+    passes = dict.fromkeys(key[0] for key in permits if key in named)
+    return [frozenset(key for key in permits if key in named and key[0] == name) for name in passes]
+
+
+def _refused(plan: Plan, log: Log, guilty: frozenset[FiringKey]) -> Iterator[Refusal]:
     for problem in plan.problems:
-        for key in problem.firings & known:
-            guilty.add(key)
-            where = log.sites.get(key, key[1])
-            refusals[Refusal(key[0], where, f"cannot be written back, {problem.site}: {problem.reason}")] = None
-    if guilty:
-        return frozenset(guilty)
-    # Nothing tells who made the difference: leave out the last rewrite that could have.
-    last = next((key for key in reversed(log.permits) if key[0] not in silent), None)
-    if last is None:
-        return frozenset()
-    problem = plan.problems[0]
-    refusals[Refusal(last[0], log.sites[last], f"cannot be written back, {problem.site}: {problem.reason}")] = None
-    return frozenset({last})
+        for key in guilty & problem.firings or (guilty if not problem.firings else ()):
+            yield Refusal(key[0], log.sites.get(key, key[1]), f"cannot be written back, {problem.site}: {problem.reason}")
 
 
 def _nodes(plan: Plan) -> list[fx.Node]:
@@ -140,9 +145,7 @@ def _verify(result: Result, trials: Trials | None, run: Run, captures: Iterator[
         raise VerificationError(f"{_RESTORED}: {mismatch}") from mismatch
     except Exception as failure:
         raise VerificationError(f"{_RESTORED}: it no longer runs: {failure!r:.200}") from failure
-    verdict = compare(
-        reference64=trials.reference64, error64=0.0, original=trials.original, candidate=outputs
-    )
+    verdict = compare(reference64=trials.reference64, error64=0.0, original=trials.original, candidate=outputs)
     if not verdict or not error < EXACT:
         why = verdict.reason or f"in float64 it differs by {error:.1e} from the rewritten program"
         raise VerificationError(f"{_RESTORED}: {why}")

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from normfuse.analysis.constants import is_view, weight_only
 from normfuse.inplace.slots import Slots, same_program
-from normfuse.node import argument, arguments, aten, expression, is_op, module_path, op_name, readers, site, value
+from normfuse.node import argument, arguments, aten, expression, is_op, module_path, op_name, readers, shape, site, value
 from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 from normfuse.rewrite.record import FiringKey
@@ -75,6 +75,8 @@ class _Planner:
         self.plan = Plan()
         self.inside = _nodes_by_module(old, self.old_weights)
         self.seen: set[tuple[fx.Node, fx.Node]] = set()
+        self.kept: set[str] = set()
+        self.replaced: dict[str, list[tuple[fx.Node, fx.Node]]] = {}
 
     def run(self) -> Plan:
         pending: list[tuple[Any, Any, fx.Node, fx.Node]] = [
@@ -83,6 +85,9 @@ class _Planner:
         while pending:
             old, new, reader, new_reader = pending.pop()
             pending.extend(self._compare(old, new, reader, new_reader))
+        for path in self.kept & self.replaced.keys():
+            for old, new in self.replaced[path]:
+                self._problem(old, f"the module {path} is called more than once, and stays as it is elsewhere", new)
         values, materialized, conflicts = self.slots.resolve()
         self.plan.values, self.plan.materialized = values, materialized
         self.plan.problems += [Problem(name, reason, _firings(*nodes)) for name, reason, nodes in conflicts]
@@ -105,6 +110,7 @@ class _Planner:
         elif is_op(old, *NORMS) and not self._same_norm(old, new):
             yield from self._norm(old, new)
         elif old.op == new.op and old.target == new.target:
+            self.kept |= {module_path(old)} if is_op(old, *NORMS) else set()
             yield from self._compare_arguments(old, new)
         else:
             what = f"{op_name(old)} becomes {op_name(new)}, which the module's own code does not do"
@@ -139,7 +145,9 @@ class _Planner:
         if old.op == "get_attr":
             unchanged = new.op == "get_attr" and new.target == old.target
             if not self.slots.use(old, path, None if unchanged else new):
-                self._problem(reader, f"{old.target} is a constant of the module's code", new, new_reader)
+                resized = shape(new) != shape(old)
+                why = "gets another shape, which the code may rely on" if resized else "is a constant of the module's code"
+                self._problem(reader, f"{old.target} {why}", new, new_reader)
         elif same_program(old, new) and not new.meta.get("bake"):
             self.slots.keep_leaves(old, path)
         elif not self.slots.materialize(old, new):
@@ -165,6 +173,7 @@ class _Planner:
         if (why := self._why_not_replace(old, path)) is not None:
             self._problem(old, why, new)
             return
+        self.replaced.setdefault(path, []).append((old, new))
         source: fx.Node = arguments(old)["x" if is_op(old, RMS_NORM) else "input"]
         stays = is_op(new, aten.layer_norm, RMS_NORM) and not is_op(old, aten.batch_norm)
         norm = _described(new) if stays else Norm(None)

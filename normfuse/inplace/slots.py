@@ -111,9 +111,7 @@ class Slots:
                 values[name] = wanted[0]
         return values, set(self.computed), conflicts
 
-    def _resolve_uses(
-        self, target: str, uses: list[_Use], values: dict[str, fx.Node], conflicts: list[Conflict]
-    ) -> None:
+    def _resolve_uses(self, target: str, uses: list[_Use], values: dict[str, fx.Node], conflicts: list[Conflict]) -> None:
         """Tied names may part ways where each use can be told from the others by its module."""
         new = [use.new for use in uses if use.new is not None]
         if not new:

@@ -22,6 +22,28 @@ def centre(value: Value, axis: int) -> Value:
     return value - value.mean(axis)
 
 
+def times(matrix: Value) -> ChannelMap:
+    """The map x -> x @ matrix."""
+
+    def apply(weight: Value, axis: int) -> Value:
+        last, factor = weight.ndim - 1, matrix.to(weight.node.meta["val"].dtype)
+        return weight @ factor if axis == last else (weight.transpose(axis, last) @ factor).transpose(axis, last)
+
+    return apply
+
+
+def narrow(edit: Editor, node: fx.Node, axis: int, before: int, after: int) -> None:
+    """Derive `node` anew whose input has `after` instead of `before` channels, which come to lie along `axis`.
+
+    Sizes that the model's code wrote as literals change with them.
+    """
+    if is_op(node, aten.view, aten.reshape, aten._unsafe_view, aten.expand):
+        sizes = list(node.args[1])  # type: ignore[arg-type]
+        sizes[axis] = after if isinstance(sizes[axis], int) and sizes[axis] == before else sizes[axis]
+        node.args = (node.args[0], sizes, *node.args[2:])
+    edit.refresh(node)
+
+
 def map_writer(edit: Editor, facts: Writers, writer: Writer, f: ChannelMap) -> None:
     """Replace what `writer` writes by its image under `f`. Only for writers that `facts.why_not` has nothing against."""
     if writer.reader is not None:
@@ -87,9 +109,7 @@ def _map_scaled(
     _map_inside(edit, facts, x, x_axis, scale_then_map, None)
 
 
-def _map_inside(
-    edit: Editor, facts: Writers, node: fx.Node, axis: int, f: ChannelMap, reader: fx.Node | None
-) -> None:
+def _map_inside(edit: Editor, facts: Writers, node: fx.Node, axis: int, f: ChannelMap, reader: fx.Node | None) -> None:
     if node in facts.weights and reader is not None:
         map_writer(edit, facts, Writer(node, axis, reader), f)
         return
@@ -131,4 +151,4 @@ def _map_heads(edit: Editor, projection: fx.Node, width: int, f: ChannelMap) -> 
         edit.replace(projection, edit.rebuild(projection, **_mapped_weights(edit, projection, by_head)))
 
 
-__all__ = ["ChannelMap", "centre", "map_writer"]
+__all__ = ["ChannelMap", "centre", "map_writer", "narrow", "times"]

@@ -43,13 +43,13 @@ def llama() -> nn.Module:
 def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(intermediate_size=48, image_size=32, patch_size=8, **HEADS))
+    return ViTForImageClassification(ViTConfig(intermediate_size=48, image_size=32, patch_size=8, num_labels=20, **HEADS))
 
 
 def resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic")
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_labels=20)
     return ResNetForImageClassification(config)
 
 
@@ -170,6 +170,26 @@ def test_one_name_that_would_need_two_values_is_refused() -> None:
     assert report.fired == {}
     reasons = {r.reason for r in report.refusals if r.pass_name == "layer_norm_to_rms_norm"}
     assert any("tokens.weight is used at several places that need different values now" in reason for reason in reasons)
+    assert_untouched(model, before)
+
+
+class NormTwice(nn.Module):
+    """One norm module before a projection and at the end, where its gain must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.linear(self.norm(x)))
+
+
+def test_a_norm_module_that_must_stay_at_one_of_its_calls_is_refused() -> None:
+    model = randomized(NormTwice, 1)
+    before = fingerprint(model)
+    report = normfuse.optimize_(model, (torch.randn(3, 8) + 1,))
+    assert report.fired == {}
+    assert any("the module norm is called more than once" in r.reason for r in report.refusals)
     assert_untouched(model, before)
 
 
