@@ -137,13 +137,19 @@ def convert(
 @app.command()
 def bench(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Named as above, or bert-base, gpt2, ..., hf:Class, timm:name; plain, mergeable.")
+        list[str], typer.Argument(
+            metavar="MODEL...", help="Named as above, or bert-base, gpt2, ..., hf:Class, timm:name; plain, mergeable."
+        )
     ],
-    contender: Annotated[list[str] | None, typer.Option("--contender", "-c", help="Only these (may be given often).")] = None,
+    contender: Annotated[
+        list[str] | None, typer.Option("--contender", "-c", help="Only these (may be given often).")
+    ] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", "-b", help="Batch sizes (may be given often).")] = None,
     rounds: Annotated[int, typer.Option(help="How often every contender has its turn.")] = 3,
     threads: Annotated[int, typer.Option(help="Threads of every contender.")] = 2,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for bench.json, bench.png and bench.svg.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for bench.json, bench.png and bench.svg.")
+    ] = None,
 ) -> None:
     """Time models in eager torch, inductor, onnxruntime and normfuse's backends, each in a process of its own.
 

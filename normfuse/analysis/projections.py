@@ -51,7 +51,7 @@ def projection(node: fx.Node, source: fx.Node | None, weights: Set[fx.Node] | No
     found = _describe(node)
     if found is None or (source is not None and argument(node, found.input_name) is not source):
         return None
-    weight = found.weight
+    weight: object = argument(node, found.weight_name)
     if not isinstance(weight, fx.Node) or weight is source:
         return None
     known = weights is None or (weight in weights and (found.bias is None or found.bias in weights))

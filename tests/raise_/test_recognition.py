@@ -133,7 +133,9 @@ def test_inspect_is_the_same_thing_in_public() -> None:
     assert inventory.count("attention") == 1
 
 
-@pytest.mark.parametrize("name", ["rms_norm_llama", "layer_norm_cohere", "rms_norm_gemma", "attention_llama", "block_llama_layer"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm_llama", "layer_norm_cohere", "rms_norm_gemma", "attention_llama", "block_llama_layer"]
+)
 def test_optimized_it_keeps_the_rounding_of_its_dtype(name: str) -> None:
     spelling = next(s for s in SPELLINGS if s.name == name)
     assert spelling.dtype is torch.bfloat16

@@ -32,25 +32,25 @@ def _fits(node: fx.Node) -> bool:
         return False
     if rank(q) == 3:  # type: ignore[arg-type]
         return True
-    counts = [shape(n)[1] for n in (q, k, v)]  # type: ignore[arg-type]
+    counts: list[Any] = [shape(n)[1] for n in (q, k, v)]  # type: ignore[arg-type]
     return all(isinstance(c, int) for c in counts) and counts[1] == counts[2] and counts[0] % counts[1] == 0
 
 
 def _lower(node: fx.Node, edit: Editor) -> None:
     q, k, v = node.args[:3]
     if rank(q) == 3:  # type: ignore[arg-type]
-        wide = [edit.call(aten.unsqueeze.default, t, 1) for t in (q, k, v)]
-        edit.replace(node, edit.call(aten.squeeze.dim, _call(node, edit, *wide, 1, 1), 1))
+        one, two, three = (edit.call(aten.unsqueeze.default, t, 1) for t in (q, k, v))
+        edit.replace(node, edit.call(aten.squeeze.dim, _call(node, edit, one, two, three, 1, 1), 1))
         return
-    counts = shape(q)[1], shape(k)[1]  # type: ignore[arg-type]
+    counts = int(shape(q)[1]), int(shape(k)[1])  # type: ignore[arg-type]
     found = [heads_of(t) for t in (q, k, v)]  # type: ignore[arg-type]
     if any(h is None for h in found):
         edit.replace(node, _call(node, edit, q, k, v, *counts))
         return
     alone = _only_for(node, {h.root for h in found if h is not None})
-    packed = [_channels(h, edit, split_weights=alone) for h in found if h is not None]
+    one, two, three = (_channels(h, edit, split_weights=alone) for h in found if h is not None)
     end = merged_heads(node)
-    result = _call(node, edit, *packed, *counts)
+    result = _call(node, edit, one, two, three, *counts)
     if end is not None:
         edit.replace(end, result)
         edit.remove_dead(node)

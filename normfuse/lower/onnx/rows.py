@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from normfuse.lower.onnx import operators
 from normfuse.lower.onnx.layout import concrete, is_layout
 from normfuse.lower.onnx.tensors import constant
-from normfuse.node import argument, aten, expression, is_op, rank, shape, value
+from normfuse.node import argument, aten, expression, is_op, product, rank, shape, value
 from normfuse.program import Program
 from normfuse.rewrite import Editor
 
@@ -95,7 +95,7 @@ def _windows(root: fx.Node) -> int:
 
 
 def _rows_per_sample(root: fx.Node) -> int:
-    return _windows(root) * int(torch.Size(shape(root)[1:-1]).numel())
+    return _windows(root) * int(product(shape(root)[1:-1]))
 
 
 def _index(root: fx.Node, region: Sequence[fx.Node], node: fx.Node) -> Tensor | None:

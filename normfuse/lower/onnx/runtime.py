@@ -128,13 +128,13 @@ def to_ort(tensor: Tensor) -> Any:
 def _shared(tensor: Tensor) -> Any:
     plain = tensor.detach().contiguous()
     if plain.dtype == torch.bool:
-        return _binding().OrtValue.from_dlpack(dlpack.to_dlpack(plain.view(torch.uint8)), True)
-    return _binding().OrtValue.from_dlpack(dlpack.to_dlpack(plain), False)
+        return _binding().OrtValue.from_dlpack(plain.view(torch.uint8).__dlpack__(), True)
+    return _binding().OrtValue.from_dlpack(plain.__dlpack__(), False)
 
 
 @cache
 def _binding() -> Any:
-    from onnxruntime.capi import onnxruntime_pybind11_state
+    from onnxruntime.capi import onnxruntime_pybind11_state  # pyright: ignore[reportAttributeAccessIssue]
 
     return onnxruntime_pybind11_state
 
