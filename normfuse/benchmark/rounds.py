@@ -80,7 +80,9 @@ class Result:
                     **self.facts.get((model, batch), {}),
                     "ratio": self.ratio((model, batch)),
                     "contenders": {
-                        name: {"failure": c.failure} if c.failure else {k: c.of(k) for k in c.rounds[0]} | {"rounds": len(c.rounds)}
+                        name: {"failure": c.failure}
+                        if c.failure
+                        else {k: c.of(k) for k in c.rounds[0]} | {"rounds": len(c.rounds)}
                         for name, c in cells.items()
                     },
                 }

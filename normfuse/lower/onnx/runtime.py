@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,9 +26,7 @@ def check_provider(provider: str = "") -> str:
     try:
         import onnxruntime
     except ImportError:
-        raise LoweringError(
-            "backend 'onnxruntime' needs the package onnxruntime: pip install 'normfuse[onnx]'"
-        ) from None
+        raise LoweringError("backend 'onnxruntime' needs the package onnxruntime: pip install 'normfuse[onnx]'") from None
     known = onnxruntime.get_available_providers()
     wanted = (provider or DEFAULT_PROVIDER).lower().removesuffix("executionprovider")
     for name in known:
@@ -128,15 +127,13 @@ def to_ort(tensor: Tensor) -> Any:
 def _shared(tensor: Tensor) -> Any:
     plain = tensor.detach().contiguous()
     if plain.dtype == torch.bool:
-        return _binding().OrtValue.from_dlpack(dlpack.to_dlpack(plain.view(torch.uint8)), True)
-    return _binding().OrtValue.from_dlpack(dlpack.to_dlpack(plain), False)
+        return _binding().OrtValue.from_dlpack(plain.view(torch.uint8).__dlpack__(), True)
+    return _binding().OrtValue.from_dlpack(plain.__dlpack__(), False)
 
 
 @cache
 def _binding() -> Any:
-    from onnxruntime.capi import onnxruntime_pybind11_state
-
-    return onnxruntime_pybind11_state
+    return import_module("onnxruntime.capi.onnxruntime_pybind11_state")
 
 
 def from_ort(value: Any) -> Tensor:
