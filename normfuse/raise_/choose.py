@@ -153,11 +153,11 @@ def eps_of(found: Standardised, divisor: float, written: list[float]) -> tuple[S
     raw = square if found.place == "inside" else math.sqrt(square)
     if found.place == "clamp" and not _is_among(raw, written) and _is_among(square, written):
         found, raw = replace(found, place="floor"), square
-    return found, next((w for w in written if abs(w - raw) < 1e-9 * w), None) or snapped(raw)
+    return found, next((w for w in written if abs(w - raw) < 1e-11 * w), None) or snapped(raw)
 
 
 def _is_among(number: float, written: list[float]) -> bool:
-    return any(abs(w - number) < 1e-9 * w for w in written)
+    return any(abs(w - number) < 1e-11 * w for w in written)
 
 
 def literals(region: Region) -> list[float]:

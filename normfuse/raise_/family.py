@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from normfuse.raise_.rows import Rows, all_finite
 from normfuse.raise_.standardise import Factor, Standardisation
 
-_EXACT = 1e-10
+_EXACT = 1e-12
 _SATURATED = 50.0
 _PROBE = 0.1
 

@@ -22,16 +22,12 @@ from normfuse.program import Program
 from normfuse.raise_.choose import Plan, plan_of
 from normfuse.raise_.emit import can_emit, emit_norm, emit_pointwise, emit_softmax
 from normfuse.raise_.family import Activation, Softmax, Squashed
-from normfuse.raise_.probe import Probe, is_seed
+from normfuse.raise_.probe import CANONICAL, Probe, is_seed
 from normfuse.raise_.regions import Region, sources_of
 from normfuse.raise_.roles import Roles
 from normfuse.raise_.standardise import Standardised
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
 
-_CANONICAL = (
-    aten.layer_norm, aten.group_norm, aten.instance_norm, aten.softmax, aten.log_softmax, aten.logsumexp, aten.gelu,
-    aten.silu, torch.ops.normfuse.rms_norm,
-)  # fmt: skip
 _MOST_ROOTS = 8
 _TIER = {"group_norm": 4, "instance_norm": 4, "layer_norm": 3, "crms_norm": 2, "rms_norm": 2, "l2_norm": 2}
 
@@ -131,12 +127,12 @@ def _alike(one: Any, two: Any) -> bool:
 def _is_canonical(candidate: Candidate) -> bool:
     """The operator itself, or views and casts round it: nothing would be gained."""
     root = candidate.root
-    if is_op(root, *_CANONICAL):
+    if is_op(root, *CANONICAL):
         return True
     inside = candidate.region.inside(root)
     if isinstance(candidate.finding, Softmax):
         return any(is_op(n, getattr(aten, candidate.kind)) for n in inside)
-    operators = [n for n in inside if is_op(n, *_CANONICAL)]
+    operators = [n for n in inside if is_op(n, *CANONICAL)]
     if not operators:
         return False
     given = any(len([i for i in n.all_input_nodes if i not in inside]) > 1 for n in operators)

@@ -34,6 +34,10 @@ _REDUCTIONS = (
     aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.log_softmax, torch.ops.normfuse.rms_norm,
     aten.cosine_similarity, aten.frobenius_norm, aten.norm_except_dim, aten.native_group_norm, aten.prod,
 )  # fmt: skip
+CANONICAL = (
+    aten.layer_norm, aten.group_norm, aten.instance_norm, aten.softmax, aten.log_softmax, aten.logsumexp, aten.gelu,
+    aten.silu, torch.ops.normfuse.rms_norm,
+)  # fmt: skip
 _PRODUCTS = (
     aten.matmul, aten.mm, aten.bmm, aten.einsum, aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.mv, aten.dot,
     aten.addmm, aten.baddbmm,
@@ -140,6 +144,8 @@ class Probe:
             if is_seed(node, self.roles) or any(n in fed for n in node.all_input_nodes):
                 fed.add(node)
                 val = value(node)
+                if is_op(node, *CANONICAL):
+                    continue  # it is known what this is; what is made of it is not
                 if isinstance(val, Tensor) and val.is_floating_point() and _fits(region.source, node):
                     roots.append(node)
         return roots

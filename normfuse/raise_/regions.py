@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.node import argument, aten, expression, is_op, rank, shape, value
+from normfuse.node import argument, aten, expression, is_one, is_op, rank, shape, value
 from normfuse.raise_.roles import Role, Roles, value_operands
 
 MAX_REGION = 56
@@ -131,12 +131,28 @@ def region_from(source: fx.Node, roles: Roles, describe: Callable[[fx.Node], Any
         node = heapq.heappop(pending)
         if not any(n is source or n in inside for n in value_operands(node)):
             continue
+        if _joins_another_stream(node, source, roles, inside):
+            continue
         if is_cheap(node, roles, lambda n: n is source or n in inside):
             inside[node] = len(inside) + 1
             push(node)
     region = Region(source, list(inside), [], index=inside)
     close(region, roles, describe)
     return region
+
+
+def _joins_another_stream(node: fx.Node, source: fx.Node, roles: Roles, inside: dict[fx.Node, int]) -> bool:
+    """A residual sum: what follows is no function of this source alone, and may be a whole network."""
+    if not is_op(node, aten.add, aten.sub):
+        return False
+    operands = value_operands(node)
+    mine = [n for n in operands if n is source or n in inside]
+    foreign = [n for n in operands if n not in mine and roles(n) is Role.ACTIVATION]
+    return bool(foreign) and any(len(shape(n)) == len(shape(source)) and _is_whole(n, source) for n in mine)
+
+
+def _is_whole(node: fx.Node, source: fx.Node) -> bool:
+    return all(is_one(a) == is_one(b) for a, b in zip(shape(node), shape(source), strict=True))
 
 
 def close(region: Region, roles: Roles, describe: Callable[[fx.Node], Any]) -> None:

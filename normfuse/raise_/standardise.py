@@ -18,7 +18,7 @@ from normfuse.raise_.rows import Rows, all_finite, reduced, varying_axes
 
 LARGE, TINY = 1e12, 1e-40
 FIT = 1e-8
-MATCH = 1e-9
+MATCH = 1e-11
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ class Standardisation:
         if not all_finite(*values, *checked[:2]):  # type: ignore[arg-type]
             return "it is not finite on large rows"
         reason = "it is no multiple of the row over the root of its sum of squares"
+        if not self._is_bounded(values):  # type: ignore[arg-type]
+            return reason
         for form in FORMS:
             fitted = self._fit(form, rows, [rows.rows(v) for v in values])  # type: ignore[arg-type]
             if fitted is None:
@@ -86,6 +88,11 @@ class Standardisation:
                 return found
             reason = found
         return reason
+
+    @staticmethod
+    def _is_bounded(values: list[Tensor]) -> bool:
+        """A norm of a row of any length is of the size of its gain: the cheapest test, and it settles most."""
+        return all(1e-9 < float(v.abs().amax()) < 1e9 for v in values)
 
     def _fit(self, form: str, rows: Rows, values: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Gain and shift of every element, if the results are a linear function of the scale-free core."""

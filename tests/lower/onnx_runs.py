@@ -31,7 +31,7 @@ def session(path: Path, *, optimized: bool = True) -> ort.InferenceSession:
 
 def feeds(names: list[str], example: Example) -> dict[str, np.ndarray]:
     """The tensors of a call, in the order of the file's inputs."""
-    _, kwargs = example
+    kwargs = example[1]
     by_name = {f"{key}": value for key, value in kwargs.items()}
     tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, Tensor)]
     assert len(tensors) >= len(names)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 from torch import fx
 
@@ -20,52 +21,53 @@ def lower_attention(program: Program, edit: Editor, choice: Choice) -> None:
     if choice.opset < 23:
         return
     for node in list(program.graph.nodes):
-        if is_op(node, aten.scaled_dot_product_attention) and _fits(node):
+        if is_op(node, aten.scaled_dot_product_attention) and (counts := _counts(node)) is not None:
             with edit.at(node):
-                _lower(node, edit)
+                _lower(node, edit, counts)
 
 
-def _fits(node: fx.Node) -> bool:
-    """Dropout is none at inference; heads of queries are a multiple of those of keys and values."""
-    q, k, v = node.args[:3]
-    if argument(node, "dropout_p") or {rank(n) for n in (q, k, v)} - {3, 4} or len({rank(n) for n in (q, k, v)}) != 1:  # type: ignore[arg-type]
-        return False
-    if rank(q) == 3:  # type: ignore[arg-type]
-        return True
-    counts: list[Any] = [shape(n)[1] for n in (q, k, v)]  # type: ignore[arg-type]
-    return all(isinstance(c, int) for c in counts) and counts[1] == counts[2] and counts[0] % counts[1] == 0
+def _inputs(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
+    return tuple(argument(node, name) for name in ("query", "key", "value"))  # type: ignore[return-value]
 
 
-def _lower(node: fx.Node, edit: Editor) -> None:
-    q, k, v = node.args[:3]
-    if rank(q) == 3:  # type: ignore[arg-type]
-        one, two, three = (edit.call(aten.unsqueeze.default, t, 1) for t in (q, k, v))
-        edit.replace(node, edit.call(aten.squeeze.dim, _call(node, edit, one, two, three, 1, 1), 1))
+def _counts(node: fx.Node) -> tuple[int, int] | None:
+    """Heads of the queries and of keys and values; None where Attention cannot take them."""
+    sizes = [shape(n)[1] if rank(n) == 4 else 1 for n in _inputs(node)]
+    if argument(node, "dropout_p") or len({rank(n) for n in _inputs(node)}) != 1 or rank(_inputs(node)[0]) not in (3, 4):
+        return None
+    q, k, v = (size if isinstance(size, int) else 0 for size in sizes)
+    return (q, k) if k > 0 and k == v and q % k == 0 else None
+
+
+def _lower(node: fx.Node, edit: Editor, counts: tuple[int, int]) -> None:
+    q, k, v = _inputs(node)
+    if rank(q) == 3:
+        wide = [edit.call(aten.unsqueeze.default, t, 1) for t in (q, k, v)]
+        edit.replace(node, edit.call(aten.squeeze.dim, _call(node, edit, wide, counts), 1))
         return
-    counts = int(shape(q)[1]), int(shape(k)[1])  # type: ignore[arg-type]
-    found = [heads_of(t) for t in (q, k, v)]  # type: ignore[arg-type]
+    found = [heads_of(t) for t in (q, k, v)]
     if any(h is None for h in found):
-        edit.replace(node, _call(node, edit, q, k, v, *counts))
+        edit.replace(node, _call(node, edit, [q, k, v], counts))
         return
     alone = _only_for(node, {h.root for h in found if h is not None})
     one, two, three = (_channels(h, edit, split_weights=alone) for h in found if h is not None)
     end = merged_heads(node)
-    result = _call(node, edit, one, two, three, *counts)
+    result = _call(node, edit, packed, counts)
     if end is not None:
         edit.replace(end, result)
         edit.remove_dead(node)
         return
-    heads = edit.call(aten.unflatten.int, result, 2, [counts[0], shape(v)[3]])  # type: ignore[arg-type]
+    heads = edit.call(aten.unflatten.int, result, 2, [counts[0], shape(v)[3]])
     edit.replace(node, heads.transpose(1, 2))
 
 
-def _call(node: fx.Node, edit: Editor, q: Any, k: Any, v: Any, q_heads: int, kv_heads: int) -> Value:
+def _call(node: fx.Node, edit: Editor, inputs: Sequence[Any], counts: tuple[int, int]) -> Value:
     scale = argument(node, "scale")
     if scale is None:
         width = shape(node.args[0])[-1]  # type: ignore[arg-type]
         scale = float(width) ** -0.5
     mask = _mask(node, edit)
-    return edit.call(operators.ATTENTION.default, q, k, v, mask, q_heads, kv_heads, argument(node, "is_causal"), scale)
+    return edit.call(operators.ATTENTION.default, *inputs, mask, *counts, argument(node, "is_causal"), scale)
 
 
 def _mask(node: fx.Node, edit: Editor) -> Value | None:
@@ -112,7 +114,7 @@ def _channels(heads: Heads, edit: Editor, *, split_weights: bool) -> Value:
     return edit.call(aten.slice.Tensor, root, 2, first, last)
 
 
-def _is_tensor(node: Any) -> bool:
+def _is_tensor(node: Any) -> TypeGuard[fx.Node]:
     return isinstance(node, fx.Node) and node.op == "get_attr"
 
 

@@ -114,4 +114,4 @@ def _name_outputs(program: Program, edit: Editor) -> None:
         if isinstance(item, fx.Node):
             seen.add(item)
         items.append(item)
-    output.args = (tuple(items),)
+    output.args = (tuple(items),)  # type: ignore[assignment]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,8 +38,10 @@ def gather_rows(program: Program, edit: Editor) -> None:
             continue
         with edit.at(node):
             length = _rows_per_sample(root)
-            flat = edit.value(root) if rank(root) == 3 and shape(root)[1] == length else edit.call(
-                operators.RESHAPE.default, root, [-1, length, shape(root)[-1]]
+            flat = (
+                edit.value(root)
+                if rank(root) == 3 and shape(root)[1] == length
+                else edit.call(operators.RESHAPE.default, root, [-1, length, shape(root)[-1]])
             )
             table = constant(program, f"normfuse_rows_{node.name}", index)
             moved = edit.call(aten.index_select.default, flat, 1, table)
@@ -95,7 +98,7 @@ def _windows(root: fx.Node) -> int:
 
 
 def _rows_per_sample(root: fx.Node) -> int:
-    return _windows(root) * int(product(shape(root)[1:-1]))
+    return _windows(root) * math.prod(int(s) for s in shape(root)[1:-1])
 
 
 def _index(root: fx.Node, region: Sequence[fx.Node], node: fx.Node) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -25,9 +26,7 @@ def check_provider(provider: str = "") -> str:
     try:
         import onnxruntime
     except ImportError:
-        raise LoweringError(
-            "backend 'onnxruntime' needs the package onnxruntime: pip install 'normfuse[onnx]'"
-        ) from None
+        raise LoweringError("backend 'onnxruntime' needs the package onnxruntime: pip install 'normfuse[onnx]'") from None
     known = onnxruntime.get_available_providers()
     wanted = (provider or DEFAULT_PROVIDER).lower().removesuffix("executionprovider")
     for name in known:
@@ -134,9 +133,7 @@ def _shared(tensor: Tensor) -> Any:
 
 @cache
 def _binding() -> Any:
-    from onnxruntime.capi import onnxruntime_pybind11_state  # pyright: ignore[reportAttributeAccessIssue]
-
-    return onnxruntime_pybind11_state
+    return import_module("onnxruntime.capi.onnxruntime_pybind11_state")
 
 
 def from_ort(value: Any) -> Tensor:
