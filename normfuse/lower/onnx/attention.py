@@ -50,7 +50,7 @@ def _lower(node: fx.Node, edit: Editor, counts: tuple[int, int]) -> None:
         edit.replace(node, _call(node, edit, [q, k, v], counts))
         return
     alone = _only_for(node, {h.root for h in found if h is not None})
-    one, two, three = (_channels(h, edit, split_weights=alone) for h in found if h is not None)
+    packed = [_channels(h, edit, split_weights=alone) for h in found if h is not None]
     end = merged_heads(node)
     result = _call(node, edit, packed, counts)
     if end is not None:

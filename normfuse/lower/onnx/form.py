@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -104,7 +103,7 @@ def _name_outputs(program: Program, edit: Editor) -> None:
     """Each output is a value of its own: an input, a weight or an output told twice goes through a copy."""
     output = program.output
     seen: set[fx.Node] = set()
-    items: list[Any] = []
+    items: list[object] = []
     for item in output.args[0]:  # type: ignore[union-attr]
         if isinstance(item, fx.Node) and (item in seen or item.op in ("placeholder", "get_attr")):
             with program.graph.inserting_before(output):

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from normfuse.lower.onnx import operators
 from normfuse.lower.onnx.layout import concrete, is_layout
 from normfuse.lower.onnx.tensors import constant
-from normfuse.node import argument, aten, expression, is_op, product, rank, shape, value
+from normfuse.node import argument, aten, expression, is_op, rank, shape, value
 from normfuse.program import Program
 from normfuse.rewrite import Editor
 
