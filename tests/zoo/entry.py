@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +32,7 @@ class Entry:
     reason: str = ""
     # Whether a capture with every dimension `Dim.AUTO` leaves the length free; the batch always is.
     free_length: bool = True
-    # Whether such a capture takes more than five seconds (symbolic image sides through window moves).
+    # Whether such a capture takes many times as long as a static one (symbolic image sides cut into windows).
     slow_dynamic: bool = False
 
     def example(self, batch: int = 2, length: int | None = None) -> Example:
@@ -41,7 +41,7 @@ class Entry:
 
 
 @contextmanager
-def seeded(name: str) -> Iterator[None]:
+def seeded(name: str) -> Generator[None]:
     """A CPU generator seeded by a name; the global one is as it was afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
@@ -142,4 +142,4 @@ def noise(*sizes: int) -> torch.Tensor:
     """Inputs with a mean and an offset per row: rows that are alike would be pooled to the same output."""
     draws = generator(*sizes)
     offsets = torch.randn((*sizes[:-1], 1) if len(sizes) < 3 else (*sizes[:-2], 1, 1), generator=draws)
-    return torch.randn(sizes, generator=draws) + offsets + 0.3
+    return torch.randn(sizes, generator=draws) + 0.5 * offsets + 0.3

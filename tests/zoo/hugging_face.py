@@ -170,7 +170,7 @@ def _row(
 ) -> Entry:
     defaults: dict[str, Any] = {"vary_length": "text" in tags, "length": 32 if "vision" in tags else 8}
     fields = defaults | more
-    build = partial(_build, name, model, options, partial(example, 4, fields["length"]))
+    build = partial(_build, name, model, options, partial(example, 16, fields["length"]))
     return Entry(name, build, example, frozenset(tags.split()), **fields)
 
 
@@ -496,10 +496,6 @@ _ROWS: tuple[Entry, ...] = (
          {"model_in_dim": 16, "upsample_initial_channel": 32, "upsample_rates": [2, 2],
           "upsample_kernel_sizes": [4, 4], "resblock_kernel_sizes": [3], "resblock_dilation_sizes": [[1, 3]]},
          length=16, vary_length=True),
-    _row("encodec-encoder", "EncodecModel", lambda batch, length: ((noise(batch, 1, length),), {}),
-         "audio cnn",
-         {"num_filters": 8, "hidden_size": 16, "upsampling_ratios": [4, 2], "codebook_size": 16},
-         length=160, exportable=False, reason="a padding width is computed in a buffer and branched on"),
     _row("patchtst", "PatchTSTModel", lambda batch, length: ((), {"past_values": noise(batch, length, 3)}),
          "audio encoder",
          {"num_input_channels": 3, "context_length": 32, "patch_length": 4, "patch_stride": 4,

@@ -1,4 +1,4 @@
-"""Each entry is what it says: finite, away from its defaults, read by its output, the same when built again."""
+"""Each entry is what it says: finite, away from its defaults, the same when built again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ ZOO: dict[str, Entry] = HUGGING_FACE | TIMM
 FEW = ("gpt2", "gemma", "bert", "t5", "clip", "wav2vec2", "resnet", "resnet10t", "vit_qk_norm")
 everything = pytest.mark.parametrize(
     "entry",
-    [pytest.param(entry, id=name, marks=() if name in FEW else pytest.mark.slow) for name, entry in ZOO.items()],
+    [
+        pytest.param(entry, id=name, marks=() if name in FEW else pytest.mark.slow)
+        for name, entry in ZOO.items()
+    ],
 )
 
 
@@ -36,7 +39,7 @@ def tensors(output: Any) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
-def run(model: nn.Module, entry: Entry, batch: int, length: int | None = None) -> list[torch.Tensor]:
+def run(model: nn.Module, entry: Entry, batch: int, length: int) -> list[torch.Tensor]:
     args, kwargs = entry.example(batch, length)
     return list(tensors(model(*args, **kwargs)))
 
@@ -48,51 +51,50 @@ def test_there_are_enough() -> None:
 
 
 @everything
-def test_outputs_are_finite_and_moderate(entry: Entry) -> None:
-    model = entry.build()
+def test_an_entry_is_what_it_says(entry: Entry) -> None:
+    model = built_twice_alike(entry)
     assert not model.training
-    for outputs in (run(model, entry, 2), run(model, entry, 3)):
-        assert outputs
-        for each in outputs:
-            assert each.isfinite().all()
-            assert each.abs().max() < 1e4
-    if entry.vary_length:
-        longer = entry.length + (32 if "vision" in entry.tags else 40 if entry.length > 100 else 4)
-        assert all(each.isfinite().all() for each in run(model, entry, 2, longer))
+    parameters_are_not_at_their_defaults(model)
+    outputs_are_moderate_and_depend_on_inputs(model, entry)
+    export_does_what_the_entry_says(model, entry)
 
 
-@everything
-def test_outputs_depend_on_inputs(entry: Entry) -> None:
-    """A signal that vanishes in the biases would hide every bug behind it."""
-    first = run(entry.build(), entry, 2)[0]
-    if first.ndim:
-        assert (first[0] - first[1]).abs().max() > 1e-2 * first.abs().max()
+def built_twice_alike(entry: Entry) -> nn.Module:
+    before = torch.get_rng_state()
+    first, second = entry.build(), entry.build()
+    assert torch.equal(torch.get_rng_state(), before)
+    again = second.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.state_dict().items())
+    return first
 
 
-@everything
-def test_parameters_are_not_at_their_defaults(entry: Entry) -> None:
-    for name, value in entry.build().named_parameters():
-        if value.is_floating_point() and value.numel() > 1:
+def parameters_are_not_at_their_defaults(model: nn.Module) -> None:
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and value.numel() >= 8:
             assert value.std() > 0.01, name
 
 
-@everything
-def test_another_build_is_the_same_model(entry: Entry) -> None:
-    before = torch.get_rng_state()
-    first, second = entry.build().state_dict(), entry.build().state_dict()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(value, second[name]) for name, value in first.items())
+def outputs_are_moderate_and_depend_on_inputs(model: nn.Module, entry: Entry) -> None:
+    lengths = [entry.length]
+    if entry.vary_length:
+        lengths.append(entry.length + (32 if "vision" in entry.tags else 40 if entry.length > 100 else 4))
+    for batch, length in ((2, lengths[0]), (3, lengths[-1])):
+        outputs = run(model, entry, batch, length)
+        assert outputs
+        assert all(each.isfinite().all() and each.abs().max() < 1e4 for each in outputs)
+        first = next(each for each in outputs if each.ndim)  # some models return a loss
+        # A signal that vanishes in the biases would hide every bug behind it.
+        assert (first[0] - first[1]).abs().max() > 1e-3 * first.abs().max()
 
 
-@everything
-def test_export_does_what_the_entry_says(entry: Entry) -> None:
+def export_does_what_the_entry_says(model: nn.Module, entry: Entry) -> None:
     args, kwargs = entry.example()
-    model = entry.build()
     if entry.exportable:
         torch.export.export(model, args, kwargs, strict=False)
-    else:
-        with pytest.raises(Exception, match=r".+"):
-            torch.export.export(model, args, kwargs, strict=False)
+        return
+    assert entry.reason
+    with pytest.raises(Exception, match=r".+"):
+        torch.export.export(model, args, kwargs, strict=False)
 
 
 def test_every_exportable_entry_is_counted() -> None:

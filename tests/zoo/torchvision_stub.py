@@ -12,7 +12,7 @@ from __future__ import annotations
 import enum
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -27,7 +27,7 @@ def import_timm() -> ModuleType:
 
 
 @contextmanager
-def torchvision() -> Iterator[None]:
+def torchvision() -> Generator[None]:
     """A torchvision that timm can be imported with, for the length of the block."""
     if _loads():
         yield
