@@ -21,7 +21,7 @@ from normfuse.node import argument, aten, is_op, shape
 from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 
-_LARGE = 1 << 20  # elements: weights above this are computed in blocks of rows
+_LARGE = 1 << 18  # elements: weights above this are computed in blocks of rows
 _KEEP = 1 << 16  # elements: computed weights below this are kept for their next reader
 _SPENT = 1 << 21  # elements: after so much has been promoted, freed memory is given back
 

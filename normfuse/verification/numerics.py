@@ -14,7 +14,7 @@ EXACT = 1e-10
 """Limit of the relative error in float64 of an exact rewrite: five digits above float64's own rounding, six below the
 smallest mistake (a scale off by 1e-6) that must be caught."""
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 16
 """Elements compared at a time: no float64 copy of a large output comes into being."""
 
 RATIO = 2.0
