@@ -43,7 +43,8 @@ class Optimized(nn.Module):
             # An executable made now would hold the exporter's stand-ins for the weights; one made before, constants.
             flat = fx.Interpreter(self.graph_module).run(*leaves, enable_io_processing=False)
             return self.program.unflatten(list(flat))
-        run = self.__dict__["_run"] or self._lower()
+        run = self.__dict__["_run"]
+        run = self._lower() if run is None else run  # a compiled module has no truth value
         return self.program.unflatten(list(run(*leaves)))
 
     def _lower(self) -> Any:
