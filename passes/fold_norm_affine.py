@@ -36,8 +36,8 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
         if reason is not None:
             edit.refuse(node, reason)
         elif edit.permit(node):
+            # What is a weight stays one, and a projection reads one norm: the facts outlive the fold.
             _fold(node, gain, shift, edit, facts)
-            facts.drop()
 
 
 def _illegal(node: fx.Node, gain: fx.Node | None, shift: fx.Node | None, facts: Facts) -> str | None:
