@@ -31,6 +31,7 @@ class Verification:
     max_abs_error: float
     trials: int = 0
     reason: str = ""
+    limit_float64: float = EXACT
 
     def __bool__(self) -> bool:
         return self.equivalent
@@ -38,7 +39,7 @@ class Verification:
     def __str__(self) -> str:
         verdict = "equivalent" if self.equivalent else f"NOT equivalent ({self.reason})"
         return (
-            f"{verdict}: relative error {self.error_float64:.1e} in float64 (limit {EXACT:.0e}), "
+            f"{verdict}: relative error {self.error_float64:.1e} in float64 (limit {self.limit_float64:.0e}), "
             f"{self.error_ratio:.2f} of the original's own rounding error (limit {RATIO:.0f}), "
             f"largest difference {self.max_abs_error:.1e}, {self.trials} trials"
         )
@@ -147,4 +148,4 @@ def compare(
         reason = f"the float64 error {error64:.1e} is above {limit64:.1e}"
     elif not ratio <= RATIO:
         reason = f"the error in the model's own dtype is {ratio:.1f} times the original's"
-    return Verification(not reason, error64, ratio, max_abs_error(candidate, original), trials, reason)
+    return Verification(not reason, error64, ratio, max_abs_error(candidate, original), trials, reason, limit64)
