@@ -22,12 +22,13 @@ from normfuse.inventory import Inventory, take_inventory
 from normfuse.lower.choose import check_backend, choose
 from normfuse.lower.torch import fastest, graph_module
 from normfuse.optimized import Optimized
-from normfuse.pipeline import Pipeline, Result, Trials, detached, make_trials, original_run, select
+from normfuse.pipeline import Pipeline, Result, detached, select
 from normfuse.program import Program
 from normfuse.report import Report
 from normfuse.report.report import count_raised
 from normfuse.rewrite import Rule
-from normfuse.verification.numerics import EXACT, Mismatch, Verification, compare, relative_error
+from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
+from normfuse.verification.trials import Trials, make_trials, original_run
 
 Model = nn.Module | ExportedProgram
 TRIALS = 3
@@ -220,9 +221,7 @@ def inspect(
     return take_inventory(raised, _name(model))
 
 
-def explain(
-    model: Model, pass_name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-) -> str:
+def explain(model: Model, pass_name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
     """Where a pass fires in the model, where it does not, and why not."""
     from normfuse.explanation import explanation
 
@@ -249,15 +248,12 @@ def verify(
     assert drawn is not None
     right, _, _ = _runnable(candidate, args, kwargs)
     own = original_run(right, captured)
-    outputs = [own(leaves) for leaves in drawn.inputs]
     candidate64, limit = _candidate64(candidate, captured, drawn, left_args, left_kwargs)
     try:
         error64 = max(relative_error(candidate64, drawn.reference64), default=0.0)
     except Mismatch as mismatch:
-        return Verification(False, math.inf, math.inf, math.inf, len(outputs), str(mismatch))
-    return compare(
-        reference64=drawn.reference64, error64=error64, original=drawn.original, candidate=outputs, limit64=limit
-    )
+        return Verification(False, math.inf, math.inf, math.inf, len(drawn.inputs), str(mismatch))
+    return drawn.judge(error64, lambda inputs: [own(leaves) for leaves in inputs], limit)
 
 
 def _candidate64(candidate: Model, captured: Program, drawn: Trials, args: Any, kwargs: Any) -> tuple[Any, float]:
@@ -341,5 +337,3 @@ def replay(weights: Mapping[str, WeightProgram], state_dict: Mapping[str, torch.
     from normfuse.bake import replay as run
 
     return run(weights, state_dict)
-
-

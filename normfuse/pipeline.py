@@ -7,32 +7,21 @@ import dataclasses
 import difflib
 import math
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from normfuse.analysis.zero_mean import mark_zero_mean
 from normfuse.bake import WeightProgram, bake
 from normfuse.errors import PassError, VerificationError
 from normfuse.evaluate import give_back, run_float64
-from normfuse.lower.torch import fastest, graph_module
 from normfuse.program import Program
 from normfuse.raise_ import RULES
 from normfuse.rewrite import Rule
 from normfuse.rewrite.driver import run_passes
 from normfuse.rewrite.record import FiringKey, Log, Refusal
 from normfuse.verification.bisect import first_wrong
-from normfuse.verification.inputs import draws
-from normfuse.verification.numerics import EXACT, Mismatch, Verification, compare, relative_error
-
-Leaves = list[Any]
-Run = Callable[[Leaves], Leaves]
-
-_NUMBERS = 64
-_MOST_TRIALS = 12
+from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
+from normfuse.verification.trials import Trials, run_native
 
 
 def select(table: Sequence[Rule], names: Sequence[str | Rule] | None, disable: Sequence[str] = ()) -> tuple[Rule, ...]:
@@ -68,15 +57,6 @@ class Result:
     verification: Verification | None
     rolled_back: list[Refusal] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Trials:
-    """The inputs of verification, the float64 reference on them, and what the original itself computes."""
-
-    inputs: list[Leaves]
-    reference64: list[Leaves]
-    original: list[Leaves]
 
 
 class Pipeline:
@@ -159,8 +139,7 @@ class Pipeline:
     def _judge(self, baked: Program, error64: float, trials: Trials | None) -> Verification | None:
         if trials is None:
             return None
-        candidate = run_native(baked, trials.inputs)
-        return compare(reference64=trials.reference64, error64=error64, original=trials.original, candidate=candidate)
+        return trials.judge(error64, lambda inputs: run_native(baked, inputs))
 
     def _guilty(
         self,
@@ -185,78 +164,6 @@ class Pipeline:
         if not raised_log.permits or not is_right(self.captured.copy()):
             raise VerificationError(f"the captured model itself does not compute what the model does: {problem}")
         return first_wrong(lambda limited: self.raise_(limited)[0], is_right, self.not_raised, len(raised_log.permits))
-
-
-def run_native(program: Program, trials: Sequence[Leaves]) -> list[Leaves]:
-    """Flat outputs in the program's own dtypes, lowered as an optimized model would be on that device."""
-    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
-    module = graph_module(fastest(program, device))
-    with torch.no_grad():
-        return [list(module(*_cloned(leaves))) for leaves in trials]
-
-
-def _cloned(leaves: Leaves) -> Leaves:
-    return [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-
-
-def make_trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
-    """Draw inputs and run the original on them, in its own dtype and (its captured program) in float64.
-
-    Raises `VerificationError` if capture itself has changed the function.
-    """
-
-    def accepts(leaves: Leaves) -> bool:
-        try:
-            original(_cloned(leaves))
-            captured.signature._check(leaves)
-        except Exception:
-            return False
-        return True
-
-    enough = _enough(count, original(_cloned(example)))
-    inputs = list(draws(captured.signature, example, enough, accepts))
-    own = [original(_cloned(leaves)) for leaves in inputs]
-    try:
-        reference64 = run_float64(captured, inputs)
-    except Exception as failure:
-        raise VerificationError(
-            f"the captured program does not run on inputs the model takes: {failure!r:.300}"
-        ) from failure
-    _check_capture(captured, inputs, own, reference64)
-    return Trials(inputs, reference64, own)
-
-
-def _enough(count: int, outputs: Leaves) -> int:
-    """More trials for few outputs: the ratio of two rounding errors over n numbers is known to about 1 / sqrt(n)."""
-    numbers = sum(o.numel() for o in outputs if isinstance(o, Tensor) and o.is_floating_point())
-    return max(count, min(_MOST_TRIALS, -(-_NUMBERS // max(1, numbers))))
-
-
-def _check_capture(captured: Program, inputs: list[Leaves], own: list[Leaves], reference64: list[Leaves]) -> None:
-    """The captured graph must be as close to float64 as the model itself: else what was captured is not the model."""
-    try:
-        verdict = compare(reference64=reference64, error64=0.0, original=run_native(captured, inputs), candidate=own)
-    except Exception as failure:
-        raise VerificationError(
-            f"the captured program does not run on inputs the model takes: {failure!r:.300}"
-        ) from failure
-    if not verdict and verdict.error_ratio > 8:
-        raise VerificationError(
-            f"the captured program does not compute what the model does ({verdict.reason}): the model may depend on "
-            "Python state that changes between calls"
-        )
-
-
-def original_run(model: nn.Module, captured: Program) -> Run:
-    """The user's own model on flat leaves."""
-    from torch.utils import _pytree as pytree
-
-    def run(leaves: Leaves) -> Leaves:
-        args, kwargs = pytree.tree_unflatten(leaves, captured.signature.in_spec)
-        with torch.no_grad():
-            return list(pytree.tree_leaves(model(*args, **kwargs)))
-
-    return run
 
 
 def detached(program: Program) -> Program:

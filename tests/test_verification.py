@@ -18,9 +18,10 @@ from normfuse.capture import capture
 from normfuse.evaluate import run_float64
 from normfuse.node import aten, is_op
 from normfuse.passes import TABLE
-from normfuse.pipeline import Pipeline, make_trials, original_run
+from normfuse.pipeline import Pipeline
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform
+from normfuse.verification.trials import make_trials, original_run
 from tests.support import assert_same_function, image, randomised
 
 
@@ -135,6 +136,27 @@ def test_the_wrong_firing_is_found_and_the_others_are_kept(wrong: int) -> None:
     assert result.log.counts()["broken"] == 1
     assert result.log.counts()["layer_norm_to_rms_norm"] == 1
     assert result.verification
+
+
+@pytest.mark.parametrize("outputs", [1, 4, 100])
+def test_a_rewrite_that_loses_digits_is_rolled_back(outputs: int) -> None:
+    """Equal in float64, four digits worse in float32; with few outputs on as many more inputs as it takes."""
+
+    def run(program: Program, facts: Facts, edit: Editor) -> None:
+        node = next(n for n in program.graph.nodes if is_op(n, aten.layer_norm))
+        if edit.permit(node):
+            edit.fired(node, before="x", after="(x + 4096) - 4096")
+            edit.insert_behind(node, lambda value: (value + 4096.0) - 4096.0)
+
+    model = randomised(Model(outputs))
+    captured = capture(model, (X,))
+    trials = make_trials(captured, original_run(model, captured), [X], 3)
+    rule = Transform("there_and_back", exactness=Exactness.ALGEBRAIC, run=run)
+    result = Pipeline(captured, (rule,), named=False).run(trials)
+    assert [r.pass_name for r in result.rolled_back] == ["there_and_back"]
+    assert "times the original's" in result.rolled_back[0].reason
+    assert result.verification
+    assert outputs * sum(len(leaves[0]) for leaves in trials.inputs) >= 128 or len(trials.inputs) == 64
 
 
 def test_a_pass_whose_result_does_not_even_run_is_rolled_back() -> None:

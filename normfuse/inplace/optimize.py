@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
@@ -14,13 +13,12 @@ from normfuse.errors import VerificationError
 from normfuse.evaluate import run_float64
 from normfuse.inplace.plan import Plan, plan_write_back
 from normfuse.inplace.write import write_back
-from normfuse.pipeline import Pipeline, Result, Trials, detached
+from normfuse.pipeline import Pipeline, Result, detached
 from normfuse.program import Program
 from normfuse.rewrite import Exactness, Phase
 from normfuse.rewrite.record import FiringKey, Log, Refusal
-from normfuse.verification.numerics import EXACT, Mismatch, Verification, compare, relative_error
-
-Run = Callable[[list[Any]], list[Any]]
+from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
+from normfuse.verification.trials import Run, Trials
 
 
 @dataclasses.dataclass
@@ -137,7 +135,7 @@ def _verify(result: Result, trials: Trials | None, run: Run, captures: Iterator[
     if trials is None or result.verification is None:
         return None
     try:
-        outputs = [run(leaves) for leaves in trials.inputs]
+        verdict = trials.judge(0.0, lambda inputs: [run(leaves) for leaves in inputs])
         wanted = run_float64(result.baked, trials.inputs)
         errors = (max(relative_error(run_float64(p, trials.inputs), wanted), default=0.0) for p in captures)
         error = next((e for e in errors if e < EXACT), math.inf)
@@ -145,7 +143,6 @@ def _verify(result: Result, trials: Trials | None, run: Run, captures: Iterator[
         raise VerificationError(f"{_RESTORED}: {mismatch}") from mismatch
     except Exception as failure:
         raise VerificationError(f"{_RESTORED}: it no longer runs: {failure!r:.200}") from failure
-    verdict = compare(reference64=trials.reference64, error64=0.0, original=trials.original, candidate=outputs)
     if not verdict or not error < EXACT:
         why = verdict.reason or f"in float64 it differs by {error:.1e} from the rewritten program"
         raise VerificationError(f"{_RESTORED}: {why}")

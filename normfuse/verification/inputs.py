@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,11 +16,11 @@ _IMAGE_RANK = 4
 _LONGEST = 8  # a sequence of this length shows as much as a longer one and costs less memory
 
 
-def draws(signature: Signature, example: Leaves, trials: int, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
-    """The example; then other values, at other (smaller) sizes where the signature and the model allow them."""
+def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
+    """The example; then without end other values, at other (smaller) sizes where the signature and the model allow them."""
     yield example
     generator = torch.Generator().manual_seed(20_240_229)
-    for trial in range(1, trials):
+    for trial in itertools.count(1):
         drawn = [_redraw(leaf, given, generator) for leaf, given in zip(signature.leaves, example, strict=True)]
         resized = _resized(signature, drawn, shrink=trial)
         yield resized if resized is not None and accepts(resized) else drawn

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -35,6 +35,11 @@ class Verification:
 
     def __bool__(self) -> bool:
         return self.equivalent
+
+    @property
+    def by_rounding_alone(self) -> bool:
+        """Refused for the error in the model's own dtype, while the function is the same in float64?"""
+        return not self.equivalent and self.error_float64 < self.limit_float64 and math.isfinite(self.error_ratio)
 
     def __str__(self) -> str:
         verdict = "equivalent" if self.equivalent else f"NOT equivalent ({self.reason})"
@@ -81,10 +86,9 @@ def _squares(got: Any, wanted: Any, place: int) -> tuple[float, float]:
         if got.dtype != wanted.dtype or not torch.equal(got, wanted):
             raise Mismatch(f"output {place} ({wanted.dtype}) is not identical")
         return 0.0, 0.0
-    flat_got, flat_wanted = got.detach().reshape(-1), wanted.detach().reshape(-1)
     square, norm = 0.0, 0.0
-    for start in range(0, flat_wanted.numel(), _CHUNK):
-        s, n = _chunk_squares(flat_got[start : start + _CHUNK], flat_wanted[start : start + _CHUNK], place)
+    for a, b in _chunks(got, wanted):
+        s, n = _chunk_squares(a, b, place)
         square, norm = square + s, norm + n
     return square, norm
 
@@ -102,13 +106,25 @@ def _chunk_squares(got: Tensor, wanted: Tensor, place: int) -> tuple[float, floa
 
 
 def max_abs_error(candidate: Sequence[Sequence[Any]], reference: Sequence[Sequence[Any]]) -> float:
+    """Largest absolute difference of two numbers in the same place, of those that are finite."""
     worst = 0.0
     for got, wanted in zip(candidate, reference, strict=True):
         for a, b in zip(got, wanted, strict=True):
-            if isinstance(b, Tensor) and b.is_floating_point() and b.numel():
-                difference = (a - b).abs()
-                worst = max(worst, float(difference[torch.isfinite(difference)].amax()) if difference.numel() else 0.0)
+            if isinstance(b, Tensor) and b.is_floating_point():
+                worst = max(worst, *(_largest(*pair) for pair in _chunks(a, b)), 0.0)
     return worst
+
+
+def _largest(a: Tensor, b: Tensor) -> float:
+    difference = (a - b).abs_()
+    finite = difference[torch.isfinite(difference)]
+    return float(finite.amax()) if finite.numel() else 0.0
+
+
+def _chunks(a: Tensor, b: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    a, b = a.detach().reshape(-1), b.detach().reshape(-1)
+    for start in range(0, b.numel(), _CHUNK):
+        yield a[start : start + _CHUNK], b[start : start + _CHUNK]
 
 
 def rounding(outputs: Sequence[Any]) -> list[float]:

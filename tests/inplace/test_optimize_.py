@@ -43,13 +43,13 @@ def llama() -> nn.Module:
 def vit() -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    return ViTForImageClassification(ViTConfig(intermediate_size=48, image_size=32, patch_size=8, num_labels=20, **HEADS))
+    return ViTForImageClassification(ViTConfig(intermediate_size=48, image_size=32, patch_size=8, **HEADS))
 
 
 def resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic", num_labels=20)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 2], layer_type="basic")
     return ResNetForImageClassification(config)
 
 
