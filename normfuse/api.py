@@ -24,6 +24,7 @@ from normfuse.lower.torch import fastest, graph_module
 from normfuse.optimized import Optimized
 from normfuse.pipeline import Pipeline, Result, detached, select
 from normfuse.program import Program
+from normfuse.progress import say
 from normfuse.report import Report
 from normfuse.report.report import count_raised
 from normfuse.rewrite import Rule
@@ -69,6 +70,7 @@ def optimize(
     captured, trials, seconds = _capture_and_try(model, args, kwargs, dynamic_shapes, TRIALS if verify else 0)
     result = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials)
     lowering = time.perf_counter()
+    say(f"lower to {backend}")
     report = _report(_name(model), result, backend, captured.notes)
     optimized = Optimized(result.baked, report, ledger=detached(result.unbaked), backend=backend)
     if backend == "auto":
@@ -113,10 +115,12 @@ def _capture_and_try(
     last = CAUTIONS - 1 if dynamic_shapes == "auto" and not isinstance(model, ExportedProgram) else 0
     for caution in range(last + 1):
         started = time.perf_counter()
+        say("capture")
         captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, caution=caution)
         _check_outputs(captured)
         middle = time.perf_counter()
         seconds["capture"] += middle - started
+        say("running the original, also in float64")
         try:
             tried = _trials(model, captured, args, kwargs, trials) if trials else None
         except VerificationError:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,6 +35,17 @@ _out = Console()
 _err = Console(stderr=True)
 
 
+@contextlib.contextmanager
+def _stages(title: str) -> Generator[None]:
+    """A spinner that says what is being done."""
+    from rich.markup import escape
+
+    from normfuse.progress import shown
+
+    with _err.status(title) as status, shown(lambda doing: status.update(f"{title}: {escape(doing)}")):
+        yield
+
+
 def _load(text: str) -> Any:
     from normfuse.models_of import find
 
@@ -50,7 +63,7 @@ def inspect(
     Example: normfuse inspect gpt
     """
     found = _load(model)
-    with _err.status("capturing and recognising"):
+    with _stages("capturing and recognising"):
         inventory = normfuse.inspect(found.model, found.args, found.kwargs)
     if as_json:
         print(json.dumps(inventory.to_dict(), indent=2, default=str))
@@ -75,7 +88,7 @@ def optimize(
     from normfuse.report.terminal import renderable
 
     found = _load(model)
-    with _err.status("capture, rewrite, bake, verify"):
+    with _stages("optimizing"):
         optimized = normfuse.optimize(
             found.model, found.args, found.kwargs, passes=only or None, disable=disable or (), backend=backend, verify=verify
         )
@@ -99,7 +112,7 @@ def verify(
     Example: normfuse optimize gpt -o gpt.pt2 && normfuse verify gpt gpt.pt2
     """
     left, right = _load(reference), _load(candidate)
-    with _err.status("running both"):
+    with _stages("running both"):
         verdict = normfuse.verify(left.model, right.model, left.args, left.kwargs, trials=trials)
     _out.print(str(verdict), style="green" if verdict else "bold red")
     raise typer.Exit(0 if verdict else 1)
@@ -129,7 +142,7 @@ def convert(
     Example: normfuse convert resnet resnet.onnx
     """
     found = _load(model)
-    with _err.status("optimizing and exporting"):
+    with _stages("optimizing and exporting"):
         written = normfuse.export_onnx(found.model, output, found.args, found.kwargs, target=target, opset=opset)
     _out.print(str(written), highlight=False)
 
@@ -137,9 +150,10 @@ def convert(
 @app.command()
 def bench(
     models: Annotated[
-        list[str], typer.Argument(
+        list[str],
+        typer.Argument(
             metavar="MODEL...", help="Named as above, or bert-base, gpt2, ..., hf:Class, timm:name; plain, mergeable."
-        )
+        ),
     ],
     contender: Annotated[
         list[str] | None, typer.Option("--contender", "-c", help="Only these (may be given often).")

@@ -14,6 +14,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 from normfuse.lower.choose import LOWERING, Run, executable
 from normfuse.lower.torch import graph_module, plain
 from normfuse.program import Program
+from normfuse.progress import say
 from normfuse.report import Report
 
 
@@ -95,6 +96,7 @@ class Optimized(nn.Module):
         """Write the optimized program as ONNX; see `normfuse.export_onnx`."""
         from normfuse.lower.onnx import write_onnx
 
+        say(f"export for {target}")
         program = dataclasses.replace(self.program, tensors={n: self.tensors()[n] for n in self.program.tensors})
         return write_onnx(program, Path(path), target=target, opset=opset, report=self.report)
 
@@ -106,4 +108,3 @@ def _from_archive(data: bytes) -> Optimized:
         path = Path(folder) / "optimized.pt2"
         path.write_bytes(data)
         return load(path)
-

@@ -15,6 +15,7 @@ from normfuse.bake import WeightProgram, bake
 from normfuse.errors import PassError, VerificationError
 from normfuse.evaluate import give_back, run_float64
 from normfuse.program import Program
+from normfuse.progress import say
 from normfuse.raise_ import RULES
 from normfuse.rewrite import Rule
 from normfuse.rewrite.driver import run_passes
@@ -73,6 +74,7 @@ class Pipeline:
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Generator[None]:
+        say(stage)
         started = time.perf_counter()
         try:
             yield
@@ -102,12 +104,13 @@ class Pipeline:
                 problem, error64 = self._check64(unbaked, trials)
             if not problem:
                 with self.timed("bake"):
-                    baked, ledger = bake(unbaked)
+                    baked, ledger = bake(unbaked, lambda name: say(f"bake {name}"))
                 with self.timed("verify"):
                     verification = self._judge(baked, error64, trials)
                 if verification is None or verification.equivalent:
                     break
                 problem = verification.reason
+            say(f"looking for the wrong rewrite: {problem}")
             with self.timed("verify"):
                 key = self._guilty(raised, log, raised_log, excluded, trials, problem)
             sites = raised_log.sites | log.sites

@@ -95,10 +95,9 @@ def memory(console: Console, tokens: int) -> None:
     for_capture, _ = growth(lambda: torch.export.export(model, (ids,)) and None)
     grown, optimized = growth(lambda: normfuse.optimize(model, (ids,)))
     console.print(str(optimized.report))
-    console.print(
-        f"weights {weights / 1e6:.0f} MB, {tokens} tokens; at the peak, model and growth are {(weights + grown) / weights:.2f} times that, "
-        f"of which torch.export alone takes {for_capture / weights:.2f}"
-    )
+    ratio = (weights + grown) / weights
+    console.print(f"weights {weights / 1e6:.0f} MB, {tokens} tokens: model and growth at the peak {ratio:.2f} times that")
+    console.print(f"of which torch.export alone takes {for_capture / weights:.2f}")
 
 
 def main() -> None:

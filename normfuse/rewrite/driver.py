@@ -11,6 +11,7 @@ from normfuse.analysis import Facts
 from normfuse.analysis.constants import constants
 from normfuse.node import is_op, site, source_line
 from normfuse.program import Program
+from normfuse.progress import say
 from normfuse.rewrite.editor import Editor, Value
 from normfuse.rewrite.record import Log
 from normfuse.rewrite.rule import Match, Refused, Rewrite, Rule, Transform
@@ -33,6 +34,7 @@ def run_passes(program: Program, rules: Sequence[Rule], log: Log | None = None, 
 
 def run_pass(program: Program, rule: Rule, log: Log, *, named: bool = False) -> None:
     """Run one rule on the program in place and check the graph after it."""
+    say(rule.name)
     started = time.perf_counter()
     facts = Facts(program)
     edit = Editor(program, rule.name, log, named=named)
