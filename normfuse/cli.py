@@ -58,7 +58,7 @@ def inspect(
     model: Model,
     as_json: Annotated[bool, typer.Option("--json", help="Print plain data instead of a table.")] = False,
 ) -> None:
-    """Print every norm, softmax and attention of a model: kind, count, role, axes, eps, place.
+    """Print every norm, softmax and attention of a model: kind, count, role, axes, eps, cost on the example, place.
 
     Example: normfuse inspect gpt
     """
@@ -68,7 +68,7 @@ def inspect(
     if as_json:
         print(json.dumps(inventory.to_dict(), indent=2, default=str))
     else:
-        _out.print(inventory.renderable())
+        (_out if _out.is_terminal else Console(width=120)).print(inventory.renderable())
 
 
 @app.command()

@@ -292,7 +292,8 @@ def _written(found: Attention, roles: Roles, concretes: Sequence[Concrete], edit
             k = k / by if divides else k * by
         else:
             q = q / by if divides else q * by
-    mask, causal = mask_of(found.scores.biases, [*heads, found.queries, found.keys], found.atoms, q, roles, concretes, edit)
+    axes = [*heads, found.queries, found.keys]
+    mask, causal = mask_of(found.scores.biases, axes, found.atoms, q, k, roles, concretes, edit)
     if mask is not None and isinstance(mask, str):
         return None
     return _call(found, q, k, v, mask, causal, heads, edit)

@@ -20,10 +20,8 @@ from normfuse.raise_.arrange import arranged
 from normfuse.raise_.experiment import Concrete
 from normfuse.raise_.labels import Atoms, Labels
 from normfuse.raise_.roles import Role, Roles
-from normfuse.raise_.scores import Bias, is_causal, some_row_is_empty, values_of
+from normfuse.raise_.scores import DROWNING, Bias, is_causal, some_row_is_empty, values_of
 from normfuse.rewrite import Editor, Value
-
-_DROWNING = -1e30
 
 
 def mask_of(
@@ -31,6 +29,7 @@ def mask_of(
     groups: Sequence[tuple[int, ...]],
     atoms: Atoms,
     q: Value,
+    k: Value,
     roles: Roles,
     concretes: Sequence[Concrete],
     edit: Editor,
@@ -45,12 +44,12 @@ def mask_of(
         return None, True
     never_empty = fixed and bool(known) and not any(some_row_is_empty(t) for t in known)
     if all(b.fill is not None and (b.fill == -math.inf or never_empty) for b in biases):
-        return _boolean(biases, groups, atoms, q, edit), False
-    return _additive(biases, groups, atoms, q, never_empty, edit), False
+        return _boolean(biases, groups, atoms, q, k, edit), False
+    return _additive(biases, groups, atoms, q, k, never_empty, edit), False
 
 
 def _in_place(
-    node: fx.Node, labels: Labels, groups: Sequence[tuple[int, ...]], atoms: Atoms, q: Value, edit: Editor
+    node: fx.Node, labels: Labels, groups: Sequence[tuple[int, ...]], atoms: Atoms, q: Value, k: Value, edit: Editor
 ) -> Value | None:
     """The tensor along the axes of the scores; an axis of which it has a part (a window of an image) is spread out."""
     whole = arranged(node, labels, groups, atoms, edit)
@@ -69,7 +68,7 @@ def _in_place(
     sizes: list[Any] = [-1] * len(fine)
     final: list[Any] = []
     for axis, places in enumerate(merged):
-        width = _size(q, axis, edit)
+        width = _size(q, axis, edit) if axis < len(groups) - 1 else _size(k, axis - 1, edit)
         known = 1
         for place in places if len(places) > 1 else []:
             size = atoms.sizes[fine[place][0]]
@@ -105,11 +104,11 @@ def _table(biases: Sequence[Bias], groups: Sequence[tuple[int, ...]], atoms: Ato
 
 
 def _boolean(
-    biases: Sequence[Bias], groups: Sequence[tuple[int, ...]], atoms: Atoms, q: Value, edit: Editor
+    biases: Sequence[Bias], groups: Sequence[tuple[int, ...]], atoms: Atoms, q: Value, k: Value, edit: Editor
 ) -> Value | str:
     total: Value | None = None
     for bias in biases:
-        keep = _kept(bias, groups, atoms, q, edit)
+        keep = _kept(bias, groups, atoms, q, k, edit)
         if keep is None:
             return "the mask cannot be brought into place"
         total = keep if total is None else edit.call(aten.logical_and.default, total, keep)
@@ -117,14 +116,16 @@ def _boolean(
     return total
 
 
-def _kept(bias: Bias, groups: Sequence[tuple[int, ...]], atoms: Atoms, q: Value, edit: Editor) -> Value | None:
+def _kept(
+    bias: Bias, groups: Sequence[tuple[int, ...]], atoms: Atoms, q: Value, k: Value, edit: Editor
+) -> Value | None:
     node = bias.node
     assert node is not None
     inverted = _inverted(node)
     keep = bias.keep
     if inverted is not None and not keep:
         node, keep = inverted, True
-    mask = _in_place(node, bias.labels, groups, atoms, q, edit)
+    mask = _in_place(node, bias.labels, groups, atoms, q, k, edit)
     if mask is None:
         return None
     if value(mask.node).dtype != torch.bool:
@@ -144,28 +145,32 @@ def _additive(
     groups: Sequence[tuple[int, ...]],
     atoms: Atoms,
     q: Value,
+    k: Value,
     never_empty: bool,
     edit: Editor,
 ) -> Value | str:
     """The first of the biases was added last."""
     dtype = value(q.node).dtype
-    if dtype == torch.float16 and any(b.fill is not None and b.fill != -math.inf for b in biases) and not never_empty:
+    drowned = any(b.floor > -math.inf or (b.fill is not None and b.fill > -math.inf) for b in biases) and not never_empty
+    if dtype == torch.float16 and drowned:
         return "float16 has no number large enough to mask with"
     total: Value | None = None
     for bias in reversed(biases):
         assert bias.node is not None
         if bias.fill is None:
-            term = _in_place(bias.node, bias.labels, groups, atoms, q, edit)
+            term = _in_place(bias.node, bias.labels, groups, atoms, q, k, edit)
             if term is None:
                 return "the bias cannot be brought into place"
             term = term.to(dtype)
             term = term if bias.factor == 1.0 else term * bias.factor
         else:
-            keep = _kept(bias, groups, atoms, q, edit)
+            keep = _kept(bias, groups, atoms, q, k, edit)
             if keep is None:
                 return "the mask cannot be brought into place"
-            low = -math.inf if bias.fill == -math.inf or never_empty else _DROWNING
+            low = -math.inf if bias.fill == -math.inf or never_empty else DROWNING
             term = edit.call(aten.where.Scalar, keep, 0.0, low).to(dtype)
         total = term if total is None else total + term
+        if bias.floor > -math.inf and not never_empty:
+            total = edit.call(aten.clamp_min.default, total, max(bias.floor, torch.finfo(dtype).min))
     assert total is not None
     return total

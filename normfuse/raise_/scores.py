@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,18 +21,27 @@ from normfuse.raise_.roles import Role, Roles
 
 MASKING = -1e4
 """A score this low has no weight: exp of it is zero in every dtype."""
+DROWNING = -1e30
+"""Beside a number this low, a score is lost in rounding."""
 _MAX_STEPS = 40
 
 
 @dataclass
 class Bias:
-    """Added to the scores, times `factor`; `where` (a boolean tensor, inverted or not) tells what is filled with `fill`."""
+    """Added to the scores, times `factor`; where `fill` is given, the tensor is boolean and tells what is filled with it.
+
+    `floor`: below this number the sum of scores and bias is not let fall.
+    """
 
     node: fx.Node | None = None
     labels: Labels = field(default_factory=list)
     factor: float = 1.0
     fill: float | None = None
     keep: bool = False  # the boolean tensor tells what is kept, not what is filled
+    floor: float = -math.inf
+
+    def above(self, floor: float) -> Bias:
+        return replace(self, floor=floor, fill=None if self.fill is None else max(self.fill, floor))
 
 
 @dataclass
@@ -57,7 +66,7 @@ class Reader:
         self.atoms = atoms
 
     def read(self, node: fx.Node, labels: Labels, keys: tuple[int, ...]) -> Scores | str:
-        scale, factors, biases = 1.0, [], []  # type: ignore[var-annotated]
+        scale, floor, factors, biases = 1.0, -math.inf, [], []  # type: ignore[var-annotated]
         for _ in range(_MAX_STEPS):
             product = product_of(node)
             if product is not None:
@@ -71,6 +80,11 @@ class Reader:
                     return "a view between product and softmax cannot be followed"
                 node, labels = step
                 continue
+            clamped = self._clamped(node)
+            if clamped is not None and scale > 0:
+                node, low = clamped
+                floor = max(floor, low * scale)
+                continue
             found = self._step(node, labels, keys, scale)
             if isinstance(found, str):
                 return found
@@ -79,9 +93,25 @@ class Reader:
             if factor is not None:
                 factors.append(factor)
             if bias is not None:
-                biases.append(bias)
+                biases.append(bias.above(floor))
             labels = self._narrowed(node, labels)
         return "the product is too far away"
+
+    def _clamped(self, node: fx.Node) -> tuple[fx.Node, float] | None:
+        """max(scores, low), where low is so low that it changes no score that has a weight beside others."""
+        if is_op(node, aten.clamp, aten.clamp_min):
+            path, low = node.args[0], argument(node, "min")
+            if is_op(node, aten.clamp) and argument(node, "max") is not None:
+                return None
+        elif is_op(node, aten.maximum) or (is_op(node, aten.max) and len(node.args) == 2):
+            found = self._operands(node)
+            if found is None:
+                return None
+            path, low, _ = found
+        else:
+            return None
+        number = self.number(low)
+        return (path, number) if number is not None and number <= DROWNING else None  # type: ignore[return-value]
 
     def _with_default_scale(self, found: Scores) -> Scores:
         """One over the root of a size that differs from input to input is torch's own scale, if it is that of q."""
@@ -241,7 +271,10 @@ class Reader:
         return expr is not None and not expr.is_number
 
 
-_STEPS = (aten.mul, aten.div, aten.add, aten.sub, aten.masked_fill, aten.where, aten.neg)
+_STEPS = (
+    aten.mul, aten.div, aten.add, aten.sub, aten.masked_fill, aten.where, aten.neg, aten.max, aten.maximum, aten.clamp,
+    aten.clamp_min,
+)  # fmt: skip
 
 
 def values_of(bias: Bias, concrete: Concrete) -> Tensor | None:
