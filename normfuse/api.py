@@ -225,11 +225,17 @@ def inspect(
     return take_inventory(raised, _name(model))
 
 
-def explain(model: Model, pass_name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
-    """Where a pass fires in the model, where it does not, and why not."""
-    from normfuse.explanation import explanation
+def explain(
+    model: Model, pass_name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+) -> str:
+    """Where a pass fires in the model, where it does not, and why not: the nearest misses with the nodes round them.
 
-    rule = select(pass_table(), [pass_name])[0]
+    `raise_functions`, `raise_attention` and `raise_frozen_batch_norm` stand for recognition itself.
+    """
+    from normfuse.explanation import explanation
+    from normfuse.raise_ import RULES
+
+    rule = select((*RULES, *pass_table()), [pass_name])[0]
     captured = capture(model, args, kwargs)
     return explanation(captured, pass_table(), rule, _name(model))
 

@@ -127,7 +127,8 @@ def explain(
     Example: normfuse explain bert layer_norm_to_rms_norm
     """
     found = _load(model)
-    _out.print(normfuse.explain(found.model, pass_name, found.args, found.kwargs), highlight=False, markup=False)
+    text = normfuse.explain(found.model, pass_name, found.args, found.kwargs)
+    _out.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
