@@ -47,7 +47,7 @@ class Placement:
             return "qk"
         source, mine = self._origin(read), self._ends(node)
         others = [n for n in self._ends(source) if n is not node]
-        if self._is_embedding(source):
+        if self._is_embedding(source) and not is_op(node, aten.batch_norm):
             return "pre" if others else "embedding"
         if any(is_op(n, aten.add, *_NORMS) for n in others):
             return "pre"
@@ -62,13 +62,16 @@ class Placement:
 
     def _at_a_sum(self, node: fx.Node, source: fx.Node, mine: list[fx.Node], sums: list[fx.Node]) -> str:
         """The stream ends here. Is the result the stream from here on, or is it read for the last time?"""
-        if (sums and len(mine) > 1) or any(self._carries_the_stream(n) for n in source.all_input_nodes):
+        if (sums and len(mine) > 1) or any(self._is_post(n) for n in source.all_input_nodes):
             return "post"
         return "final" if node not in self._before or _feeds_keys_alone(mine) else "pre"
 
-    def _carries_the_stream(self, operand: fx.Node) -> bool:
-        origin = self._origin(operand)
-        return is_op(origin, *_NORMS) and len(self._ends(origin)) > 1
+    def _is_post(self, operand: fx.Node) -> bool:
+        """The norm of a residual sum that goes on as the stream."""
+        norm = self._origin(operand)
+        if not is_op(norm, *_NORMS) or len(self._ends(norm)) < 2:
+            return False
+        return is_op(self._origin(norm.all_input_nodes[0]), aten.add)
 
     def _passes(self, node: fx.Node) -> bool:
         """A view, a cast, a gain or a shift: the tensor is still itself."""

@@ -34,7 +34,8 @@ def flop_of(kind: str, node: fx.Node) -> int:
     given = arguments(node)
     folded = kind == "batch_norm"
     factors = 0 if folded else sum(given.get(name) is not None for name in _FACTORS)
-    return (_EACH.get(kind, 0) + factors) * count(node)
+    each = _EACH["softmax"] if kind == "attention" else _EACH.get(kind, 0)  # over one key, only the softmax is there
+    return (each + factors) * count(node)
 
 
 def _attention(node: fx.Node) -> int:
@@ -81,7 +82,7 @@ def human(number: float, unit: str = "") -> str:
     power = 0
     while number >= 999.5 and power < len(_PREFIXES) - 1:
         number, power = number / 1000, power + 1
-    digits = max(0, 2 - int(math.log10(number))) if number >= 1 and power else 0
+    digits = 2 - (int(math.log10(number)) if number >= 1 else 0) if power else 0
     return f"{number:.{digits}f} {_PREFIXES[power]}{unit}".rstrip()
 
 

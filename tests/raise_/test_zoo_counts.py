@@ -55,7 +55,7 @@ def test_counted_as_by_hand(entry: Entry, sizes: Any) -> None:
     assert {kind: count for kind, count in counts.items() if count} == COUNTS[entry.name]
     assert all(p.bytes > 0 and p.flop > 0 for p in inventory.patterns)
     left = {site(node) for node in left_in_primitives(raised)}
-    assert len(left) <= LEFT_OPEN.get(entry.name, 0), left
+    assert len(left) == LEFT_OPEN.get(entry.name, 0), left
 
 
 def left_in_primitives(program: Program) -> Iterator[fx.Node]:
