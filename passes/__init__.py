@@ -12,6 +12,7 @@ if __name__ != "normfuse.passes":
 
 from . import (
     bake_weights,
+    clover,
     fold_batch_norm,
     fold_batch_norm_forward,
     fold_layer_scale,
@@ -40,6 +41,7 @@ TABLE: tuple[Rule, ...] = (
     layer_norm_to_rms_norm.RULE,
     fold_norm_affine.RULE,
     rms_norm_to_crms_norm.RULE,
+    clover.RULE,
     rotate_residual.RULE,
     migrate_scales.RULE,
 )

@@ -46,6 +46,8 @@ class Route:
     ends: list[End] = field(default_factory=list)
     mixed: dict[fx.Node, Tensor] = field(default_factory=dict)
     """Token mixing (attention): labels by (head, channel of the head)."""
+    scored: dict[tuple[fx.Node, str], Tensor] = field(default_factory=dict)
+    """Attention that takes its "query" or "key" from here: labels by (batch and head, channel of the head)."""
     blocked: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
     """Who else uses which channels."""
 
@@ -82,6 +84,8 @@ class Routes:
 
     def _step(self, user: fx.Node, labels: dict[fx.Node, Any], route: Route, scales: bool) -> Any:
         inputs = [n for n in user.all_input_nodes if n in labels and user in readers(n)]
+        if is_op(user, aten.scaled_dot_product_attention):
+            _score(user, labels, route)
         mixed = self._mix(user, labels, route)
         if mixed is not None:
             return mixed
@@ -124,6 +128,17 @@ class Routes:
             return None
         along = labels.movedim(found.channel_axis, -1).flatten(0, -2)
         return End(found, along[0].clone()) if bool((along == along[:1]).all()) else None
+
+
+def _score(attention: fx.Node, labels: dict[fx.Node, Any], route: Route) -> None:
+    heads = [_size(s) for s in value(argument(attention, "query")).shape][-3:-2]
+    for name in ("query", "key"):
+        found = labels.get(argument(attention, name))
+        if isinstance(found, Tensor) and bool((found == found[..., :1, :]).all()):
+            rows = found[..., 0, :]
+            if heads and rows.dim() > 1 and rows.shape[-2] not in (1, heads[0]):
+                rows = rows.repeat_interleave(heads[0] // rows.shape[-2], -2)  # enable_gqa
+            route.scored[attention, name] = rows.flatten(0, -2)
 
 
 def _numbered(node: fx.Node, axis: int) -> Tensor:

@@ -170,7 +170,8 @@ class Editor:
         first = next(n for n in self.program.graph.nodes if n.op != "placeholder")
         with self.program.graph.inserting_before(first):
             node = self.program.graph.create_node("get_attr", target, (), {}, name=target.replace(".", "_"))
-        node.meta = {"val": self.program.fake_mode.from_tensor(tensor.detach()), "site_name": target}
+        fake = self.program.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
+        node.meta = {"val": fake, "site_name": target}
         self.changed = True
         return Value(node, self)
 

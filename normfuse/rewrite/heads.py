@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +52,42 @@ def map_value_heads(edit: Editor, pair: ValueHeads, value_map: Value, output_map
     _rebuild(edit, pair.writer, lambda found: map_outputs(edit, found, pair.rows, value_map))
     for reader, columns in pair.readers:
         _rebuild(edit, reader, lambda found, columns=columns: map_inputs(edit, found, columns, output_map))
+
+
+@dataclass(frozen=True)
+class Side:
+    """Weights of one projection, by (head, copy, channel): those that write these channels, or (`reads`) read them."""
+
+    projection: Projection
+    index: Tensor
+    reads: bool = False
+
+
+def gather(edit: Editor, side: Side) -> Value:
+    """(head, channel, everything else): copies side by side, and a bias as one column more."""
+    found = replace(side.projection, node=edit.current(side.projection.node))
+    blocks = take(edit, edit.value(found.weight), found.in_axis if side.reads else found.out_axis, side.index)
+    if not side.reads and found.bias is not None:
+        blocks = edit.op("cat", [blocks, take(edit, edit.value(found.bias), 0, side.index)], -1)
+    heads, copies, width, rest = blocks.shape
+    return blocks.transpose(1, 2).reshape(heads, width, int(copies) * int(rest))
+
+
+def scatter(edit: Editor, side: Side, blocks: Value) -> None:
+    """Put back what `gather` took, changed."""
+
+    def arguments(found: Projection) -> dict[str, Value]:
+        heads, copies, width = side.index.shape
+        weight, axis = edit.value(found.weight), found.in_axis if side.reads else found.out_axis
+        apart = blocks.reshape(heads, width, copies, -1).transpose(1, 2)
+        if side.reads or found.bias is None or found.bias_name is None:
+            return {found.weight_name: put(edit, weight, axis, side.index, apart)}
+        last = int(apart.shape[-1]) - 1
+        rows, column = edit.op("slice", apart, -1, 0, last), edit.op("slice", apart, -1, last, last + 1)
+        bias = put(edit, edit.value(found.bias), 0, side.index, column)
+        return {found.weight_name: put(edit, weight, axis, side.index, rows), found.bias_name: bias}
+
+    _rebuild(edit, side.projection, arguments)
 
 
 def _rebuild(edit: Editor, found: Projection, arguments: Callable[[Projection], dict[str, Value]]) -> None:
