@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import fx
 
@@ -33,6 +34,12 @@ def fold_forward(edit: Editor, node: fx.Node, m: AffineMap, found: Reach, both: 
         with edit.at(end.node):
             edit.replace(end.node, _taken(edit, end, _repeated(edit, scale, end), _repeated(edit, shift, end)))
     edit.replace(node, m.source)
+
+
+def shifted_input(edit: Editor, found: Projection, shift: Value) -> None:
+    """The projection gives what it gave when its input was larger by `shift`, a number per channel."""
+    end = End(replace(found, node=edit.current(found.node)), 1)
+    edit.replace(end.node, _taken(edit, end, None, shift))
 
 
 def _positive(edit: Editor, scale: Factor, passing: fx.Node) -> Factor | str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from normfuse.analysis.heads import ValueHeads
 from normfuse.analysis.projections import Projection
-from normfuse.node import aten
+from normfuse.node import argument, aten, is_op
 from normfuse.rewrite.editor import Editor, Value
 
 
@@ -88,6 +88,22 @@ def scatter(edit: Editor, side: Side, blocks: Value) -> None:
         return {found.weight_name: put(edit, weight, axis, side.index, rows), found.bias_name: bias}
 
     _rebuild(edit, side.projection, arguments)
+
+
+def without_bias(edit: Editor, found: Projection, index: Tensor) -> None:
+    """The outputs at `index` get no bias any more; where none is left, the projection has none."""
+    found = replace(found, node=edit.current(found.node))
+    assert found.bias is not None and found.bias_name is not None
+    bias, node = edit.value(found.bias), found.node
+    with edit.at(node):
+        if len(index.unique()) < bias.shape[0]:
+            kept = put(edit, bias, 0, index, edit.call(aten.zeros_like.default, take(edit, bias, 0, index)))
+            new = edit.rebuild(node, **{found.bias_name: kept})
+        elif is_op(node, aten.addmm):
+            new = edit.op("mm", argument(node, "mat1"), argument(node, "mat2"))
+        else:
+            new = edit.rebuild(node, **{found.bias_name: None})
+        edit.replace(node, new)
 
 
 def _rebuild(edit: Editor, found: Projection, arguments: Callable[[Projection], dict[str, Value]]) -> None:
