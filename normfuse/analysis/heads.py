@@ -65,7 +65,7 @@ def score_heads(program: Program) -> tuple[list[ScoreHeads], dict[fx.Node, str]]
             continue
         route = routes.route(node, writer.channel_axis % rank(node))
         for (attention, name), rows in route.scored.items():
-            if (why := _also_used(attention, name, rows, route)) is not None:
+            if (why := also_used(attention, name, rows, route)) is not None:
                 refused[attention] = why
             else:
                 sides[attention, name] = (writer, rows)
@@ -81,7 +81,8 @@ def score_heads(program: Program) -> tuple[list[ScoreHeads], dict[fx.Node, str]]
     return found, refused
 
 
-def _also_used(attention: fx.Node, name: str, rows: Tensor, route: Route) -> str | None:
+def also_used(attention: fx.Node, name: str, rows: Tensor, route: Route) -> str | None:
+    """What else than this side ("query", "key") of the attention uses the channels in `rows`."""
     labels = rows.unique()
     other = [used for key, used in route.scored.items() if key != (attention, name)]
     other += [*route.mixed.values(), *(end.labels for end in route.ends)]

@@ -50,6 +50,10 @@ class Route:
     """Attention that takes its "query" or "key" from here: labels by (batch and head, channel of the head)."""
     blocked: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
     """Who else uses which channels."""
+    ties: list[Tensor] = field(default_factory=list)
+    """Pairs of labels that are added to each other (RoPE turns two channels together): they take one scale."""
+    smoothed: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
+    """SiLU passed, if that was asked for, with its labels: it takes the scale as a factor of its own."""
 
     def blocker_of(self, labels: Tensor) -> fx.Node | None:
         return next((node for node, used in self.blocked if bool(torch.isin(labels, used).any())), None)
@@ -58,14 +62,15 @@ class Route:
 class Routes:
     """`route(node, axis)` follows what `node` computes, with its channels along `axis`.
 
-    `scales`: also through what commutes with a positive factor per channel (ReLU, products with other tensors).
+    `scales`: also through what commutes with a positive factor per channel (ReLU, products with other tensors, sums and
+    concatenations of these very channels), to depthwise and grouped convolutions, too. `silu`: also through SiLU.
     """
 
     def __init__(self, program: Program) -> None:
         self.weights = weight_only(program)
         self.order = {node: place for place, node in enumerate(program.graph.nodes)}
 
-    def route(self, node: fx.Node, axis: int, *, scales: bool = False) -> Route:
+    def route(self, node: fx.Node, axis: int, *, scales: bool = False, silu: bool = False) -> Route:
         route, labels = Route(), {node: _numbered(node, axis)}
         pending = [(self.order[user], user) for user in readers(node)]
         heapq.heapify(pending)
@@ -75,25 +80,30 @@ class Routes:
             if user in done:
                 continue
             done.add(user)
-            moved = self._step(user, labels, route, scales)
+            moved = self._step(user, labels, route, scales, silu)
             if moved is not None:
                 labels[user] = moved
                 for following in readers(user):
                     heapq.heappush(pending, (self.order[following], following))
         return route
 
-    def _step(self, user: fx.Node, labels: dict[fx.Node, Any], route: Route, scales: bool) -> Any:
+    def _step(self, user: fx.Node, labels: dict[fx.Node, Any], route: Route, scales: bool, silu: bool) -> Any:
         inputs = [n for n in user.all_input_nodes if n in labels and user in readers(n)]
         if is_op(user, aten.scaled_dot_product_attention):
             _score(user, labels, route)
         mixed = self._mix(user, labels, route)
         if mixed is not None:
             return mixed
+        if scales and (joined := _join(user, labels, route)) is not None:
+            return joined
         if len(inputs) == 1:
+            if silu and is_op(user, aten.silu):
+                route.smoothed.append((user, labels[inputs[0]]))
+                return labels[inputs[0]]
             moved = _move(user, labels[inputs[0]], inputs[0], scales)
             if moved is not None:
                 return moved
-            end = self._end(user, inputs[0], labels[inputs[0]])
+            end = self._end(user, inputs[0], labels[inputs[0]], scales)
             if end is not None:
                 route.ends.append(end)
                 return None
@@ -122,12 +132,27 @@ class Routes:
         route.mixed[user] = _distinct_rows(by_head)
         return by_head.broadcast_to(sizes).clone()
 
-    def _end(self, user: fx.Node, source: fx.Node, labels: Any) -> End | None:
+    def _end(self, user: fx.Node, source: fx.Node, labels: Any, grouped: bool) -> End | None:
         found = projection(user, source, self.weights)
-        if found is None or not isinstance(labels, Tensor) or found.groups != 1 or labels.dim() < 2:
+        if found is None or not isinstance(labels, Tensor) or (found.groups != 1 and not grouped) or labels.dim() < 2:
             return None
         along = labels.movedim(found.channel_axis, -1).flatten(0, -2)
         return End(found, along[0].clone()) if bool((along == along[:1]).all()) else None
+
+
+def _join(node: fx.Node, labels: dict[fx.Node, Any], route: Route) -> Tensor | None:
+    """Sums and concatenations whose every part is made of these channels."""
+    if is_op(node, aten.cat, aten.stack):
+        parts = [labels.get(part) for part in node.args[0]]  # type: ignore[union-attr]
+        whole = all(isinstance(part, Tensor) for part in parts)
+        return node.target(parts, *node.args[1:], **node.kwargs) if whole else None  # type: ignore[operator,no-any-return]
+    if not is_op(node, aten.add, aten.sub):
+        return None
+    a, b = (labels.get(argument(node, name)) for name in ("self", "other"))  # type: ignore[arg-type]
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape:
+        return None
+    route.ties.append(torch.stack([a.flatten(), b.flatten()], -1).unique(dim=0))
+    return a
 
 
 def _score(attention: fx.Node, labels: dict[fx.Node, Any], route: Route) -> None:
@@ -212,8 +237,3 @@ def columns_of(labels: Tensor, heads: Tensor) -> Tensor | None:
     if len(counts) != 1 or counts == {0}:
         return None
     return torch.stack([torch.stack(head, -1) for head in places])
-
-
-def routes(program: Program) -> Routes:
-    """The analysis as a fact of a program."""
-    return Routes(program)

@@ -11,38 +11,16 @@ from torch import Tensor, fx
 
 from normfuse.analysis.projections import Projection
 from normfuse.analysis.routes import End
+from normfuse.analysis.scaling import Pair
 from normfuse.evaluate import Weights
-from normfuse.node import argument, aten
+from normfuse.node import argument, aten, value
 from normfuse.program import Program
 from normfuse.rewrite.calibration import observe
 from normfuse.rewrite.editor import Editor, Value
+from normfuse.rewrite.kernels import scale_inputs
 
 TINY = 1e-5
 GRID = 20
-
-
-@dataclass(frozen=True)
-class Pair:
-    """`writer` (a norm or a projection) writes channels, of which those in `free` are read by `ends` alone."""
-
-    writer: fx.Node
-    projection: Projection | None
-    free: Tensor
-    ends: tuple[End, ...]
-
-    @property
-    def inputs(self) -> list[fx.Node]:
-        return [argument(end.reader.node, end.reader.input_name) for end in self.ends]
-
-    def copies(self, end: End) -> Tensor:
-        """(copy, channel): the inputs at which the end reads each of the writer's channels; 0 where it does not."""
-        places = [(end.labels == label).nonzero().flatten() for label in range(len(self.free))]
-        most = max(len(found) for found in places)
-        fill = [found if len(found) else torch.zeros(1, dtype=torch.long) for found in places]
-        return torch.stack([found[torch.arange(most).clamp(max=len(found) - 1)] for found in fill], -1)
-
-    def reads(self, end: End) -> Tensor:
-        return torch.isin(torch.arange(len(self.free)), end.labels)
 
 
 @dataclass
@@ -100,10 +78,20 @@ def activation_aware(program: Program, pair: Pair, bits: int, seen: dict[fx.Node
 
 def _loss(weights: Weights, pair: Pair, end: End, scale: Tensor, bits: int, seen: dict[fx.Node, Seen]) -> float:
     rows = torch.cat(seen[argument(end.reader.node, end.reader.input_name)].rows)
-    weight = weights.whole(end.reader.weight).cpu().movedim(end.reader.in_axis, -1).flatten(0, -2)
-    factor = _per_input(scale, end)
+    weight, factor = weights.whole(end.reader.weight).cpu(), _per_input(scale, end)
+    if end.reader.groups > 1 and end.reader.in_axis == 1:
+        return _loss_by_group(weight, factor, end.reader.groups, bits, rows)
+    weight = weight.movedim(end.reader.in_axis, -1).flatten(0, -2)
     rounded = fake_quantized(weight * factor, bits) / factor
     return float(((rounded - weight) @ rows.T).square().sum())
+
+
+def _loss_by_group(weight: Tensor, factor: Tensor, groups: int, bits: int, rows: Tensor) -> float:
+    """The same where an output sees only the inputs of its group: what each input loses, times how large it is."""
+    scaled = weight.reshape(groups, -1, weight.shape[1], weight[0, 0].numel()) * factor.reshape(groups, 1, -1, 1)
+    rounded = fake_quantized(scaled.reshape(len(weight), -1), bits).reshape(scaled.shape)
+    lost = ((rounded - scaled) / factor.reshape(groups, 1, -1, 1)).square().sum([1, 3]).flatten()
+    return float((lost * rows.square().sum(0)).sum())
 
 
 def fake_quantized(x: Tensor, bits: int) -> Tensor:
@@ -127,7 +115,7 @@ def _largest_read(edit: Editor, pair: Pair) -> Value:
     found: list[Value] = []
     for end in pair.ends:
         weight = edit.value(argument(edit.current(end.reader.node), end.reader.weight_name))
-        by_input = _amax(edit, weight, end.reader.in_axis)
+        by_input = _amax_by_input(edit, weight, end.reader)
         copies = pair.copies(end)
         picked = edit.call(aten.index_select.default, by_input, 0, edit.constant(copies.flatten(), "index"))
         by_channel = edit.call(aten.amax.default, picked.reshape(*copies.shape), [0])
@@ -151,6 +139,15 @@ def _amax(edit: Editor, weight: Value, kept: int) -> Value:
     return edit.call(aten.amax.default, edit.call(aten.abs.default, weight), others)
 
 
+def _amax_by_input(edit: Editor, weight: Value, reader: Projection) -> Value:
+    if reader.groups == 1 or reader.in_axis == 0:
+        return _amax(edit, weight, reader.in_axis)
+    outputs, inputs, *_ = (int(s) for s in weight.shape)
+    apart = weight.reshape(reader.groups, outputs // reader.groups, inputs, -1)
+    largest = edit.call(aten.amax.default, edit.call(aten.abs.default, apart), [1, 3])
+    return largest.reshape(reader.groups * inputs)
+
+
 def _power(edit: Editor, x: Value, exponent: float) -> Value:
     return edit.call(aten.pow.Tensor_Scalar, x, exponent)
 
@@ -166,7 +163,7 @@ def _per_input(scale: Tensor, end: End) -> Tensor:
 def migrate(edit: Editor, pair: Pair, scale: Value) -> None:
     """The writer's channels become 1 / scale as large, and the weights that read them scale times as large."""
     node = edit.current(pair.writer)
-    dtype = edit.value(pair.ends[0].reader.weight).node.meta["val"].dtype if pair.ends else torch.float32
+    dtype = value(pair.ends[0].reader.weight if pair.ends else pair.writer).dtype
     if not bool(pair.free.all()):
         free = edit.constant(pair.free.double(), "free").to(dtype)
         scale = scale.to(dtype) * free + (-free + 1.0)
@@ -175,13 +172,43 @@ def migrate(edit: Editor, pair: Pair, scale: Value) -> None:
         edit.replace(node, edit.rebuild(node, **_divided(edit, pair, node, scale)))
     for end in pair.ends:
         reader = replace(end.reader, node=edit.current(end.reader.node))
-        labels = torch.where(end.labels < 0, len(pair.free), end.labels)
-        padded = edit.call(aten.constant_pad_nd.default, scale, [0, 1], 1.0)
-        factor = edit.call(aten.index_select.default, padded, 0, edit.constant(labels, "index"))
+        factor = _picked(edit, scale, end.labels)
         weight = edit.value(reader.weight)
         with edit.at(reader.node):
-            scaled = weight * factor.along(reader.in_axis, weight.ndim)
+            by_group = reader.groups if reader.in_axis == 1 else 1
+            scaled = weight * factor.along(0, weight.ndim) if reader.in_axis == 0 else scale_inputs(weight, by_group, factor)
             edit.replace(reader.node, edit.rebuild(reader.node, **{reader.weight_name: scaled}))
+    for node, labels in pair.smoothed:
+        _smooth_silu(edit, edit.current(node), labels, scale)
+
+
+def score_scale(own: Tensor, other: Tensor, scale: Tensor) -> Tensor | str:
+    """What the other side of the scores is divided by, if this side is divided by `scale`; both by their classes."""
+    if len(scale) != len(own):
+        return f"it writes {len(own)} channels, and {len(scale)} scales were given"
+    by_class = torch.ones(len(own) + len(other), dtype=scale.dtype)
+    by_class[own[own >= 0]] = scale[own >= 0]
+    if not torch.equal(by_class[own[own >= 0]], scale[own >= 0]):
+        return "channels that RoPE turns together, or that meet the same key, have different scales"
+    return torch.where(other >= 0, 1 / by_class[other.clamp(min=0)], 1.0)
+
+
+def _picked(edit: Editor, scale: Value, labels: Tensor) -> Value:
+    """The scales of these channels; 1 where there is none (label -1)."""
+    padded = edit.call(aten.constant_pad_nd.default, scale, [0, 1], 1.0)
+    places = torch.where(labels < 0, int(scale.shape[0]), labels)
+    return edit.call(aten.index_select.default, padded, 0, edit.constant(places, "index"))
+
+
+def _smooth_silu(edit: Editor, node: fx.Node, labels: Tensor, scale: Value) -> None:
+    """z sigmoid(z) = s z' sigmoid(s z') for z = s z': the s behind goes on, the one inside stays (MambaQuant's S-SiLU)."""
+    for axis in range(labels.dim()):
+        first = labels.narrow(axis, 0, 1)
+        labels = first if bool((labels == first).all()) else labels
+    z = edit.value(argument(node, "self"))
+    with edit.at(node):
+        inside = _picked(edit, scale, labels.flatten()).reshape(*labels.shape)
+        edit.replace(node, z * edit.call(aten.sigmoid.default, z * inside))
 
 
 def _divided(edit: Editor, pair: Pair, node: fx.Node, scale: Value) -> dict[str, Value]:
@@ -193,8 +220,8 @@ def _divided(edit: Editor, pair: Pair, node: fx.Node, scale: Value) -> dict[str,
     if weight is None:
         changed[weight_name] = edit.call(aten.reciprocal.default, scale)
     else:
-        value = edit.value(weight)
-        changed[weight_name] = value / scale.along(axis, value.ndim)
+        whole = edit.value(weight)
+        changed[weight_name] = whole / scale.along(axis, whole.ndim)
     if bias_name is not None and bias is not None:
         changed[bias_name] = edit.value(bias) / scale
     return changed

@@ -81,7 +81,7 @@ def test_through_relu() -> None:
     [
         (gpt, "blocks.0.mlp.up", "gelu at blocks.0.mlp"),
         (llama, "blocks.0.mlp.gate", "silu at blocks.0.mlp"),
-        (llama, "blocks.0.attention.q", "cat at blocks.0.attention"),
+        (llama, "blocks.0.attention.q", "channels that RoPE turns together, or that meet the same key, have different"),
         (llama, "blocks.0.mlp.down", "add at blocks.0"),
         (llama, "nowhere", "nowhere writes no channels that a scale can be moved across"),
     ],
@@ -161,6 +161,188 @@ def test_in_place_on_a_relu_model() -> None:
     report = normfuse.optimize_(model, inputs, passes=["migrate_scales"])
     assert report.fired == {"migrate_scales": 2}
     assert set(report.weights) == {"fc1.weight", "fc1.bias", "fc2.weight", "a.weight", "a.bias", "b.weight"}
+
+
+def test_lognormal_scales_through_relu() -> None:
+    rule = migrate_scales.configured(scales={"fc1": lognormal(20), "a": lognormal(8, 1)})
+    report = normfuse.optimize(randomized(ReluNet, 1), relu_inputs(), passes=[rule]).report
+    assert report.fired == {"migrate_scales": 2}
+    assert report.verification and report.verification.error_float64 < 1e-10
+
+
+# --- queries and keys (OSTQuant)
+
+
+def paired(heads: int, width: int, seed: int = 0) -> Tensor:
+    """One scale for channels i and i + width / 2 of a head."""
+    return lognormal(heads * width // 2, seed).reshape(heads, 1, -1).expand(heads, 2, width // 2).reshape(-1)
+
+
+def scaled(model: nn.Module, args: tuple[Any, ...], given: dict[str, Tensor], **options: Any) -> normfuse.Optimized:
+    return normfuse.optimize(model, args, passes=[migrate_scales.configured(scales=given, **options)])
+
+
+def test_pairs_of_rope_take_one_scale_each_on_grouped_heads() -> None:
+    queries = paired(2, 8, 1).reshape(2, 1, 8).expand(2, 4, 8).reshape(64)
+    given = {"blocks.0.attention.k": paired(2, 8), "blocks.1.attention.q": queries}
+    args, _ = llama.example(GROUPED)
+    report = scaled(llama.build(GROUPED), args, given).report
+    assert report.fired == {"migrate_scales": 2} and report.refusals == []
+    assert report.verification and report.verification.error_float64 <= 1e-12
+
+
+def test_gains_of_query_and_key_norms_take_them_too() -> None:
+    args, _ = llama.example("small-qwen")
+    model = llama.build("small-qwen")
+    report = scaled(model, args, {"blocks.0.attention.q_norm": paired(1, 16)}).report
+    assert report.fired == {"migrate_scales": 1}
+    assert report.verification and report.verification.error_float64 <= 1e-12
+
+
+class Scores(nn.Module):
+    """Queries and keys from two projections: without positions, or turned in neighbours as GPT-J does."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.q, self.k, self.v = (nn.Linear(24, 24) for _ in range(3))
+
+    def turned(self, x: Tensor) -> Tensor:
+        angle = torch.arange(5.0)[:, None] * torch.tensor([1.0, 0.3, 0.1])
+        a, b = x[..., ::2], x[..., 1::2]
+        pair = (a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos())
+        return torch.stack(pair, -1).flatten(-2) if self.kind == "neighbours" else x
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = (p(x).unflatten(-1, (4, 6)).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(self.turned(q), self.turned(k), v).transpose(1, 2).flatten(2)
+        return (y, k.tanh()) if self.kind == "tapped" else y
+
+
+def score_inputs() -> tuple[Tensor]:
+    return (torch.randn(2, 5, 24) + 0.3,)
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("plain", lognormal(24)), ("neighbours", lognormal(12).repeat_interleave(2))])
+def test_queries_against_keys(kind: str, scale: Tensor) -> None:
+    model = randomized(lambda: Scores(kind), 1)
+    report = normfuse.optimize_(model, score_inputs(), passes=[migrate_scales.configured(scales={"q": scale})])
+    assert report.fired == {"migrate_scales": 1}
+    assert report.verification and report.verification.error_float64 <= 1e-12
+    assert set(report.weights) == {"q.weight", "q.bias", "k.weight", "k.bias"}
+    assert report.rewrites[0].after == "queries, keys, scales in q, k"
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "reason"),
+    [
+        ("neighbours", 24, "channels that RoPE turns together, or that meet the same key, have different scales"),
+        ("plain", 3, "it writes 24 channels, and 3 scales were given"),
+        ("tapped", 24, "its key is also read by tanh"),
+    ],
+)
+def test_refuses_queries_against_keys(kind: str, length: int, reason: str) -> None:
+    result = scaled(randomized(lambda: Scores(kind), 1), score_inputs(), {"q": lognormal(length)})
+    assert result.report.fired == {}
+    assert reason in reasons(result)
+
+
+def test_unpaired_scales_would_change_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: forced through, they are off by far more than any rounding."""
+    monkeypatch.setattr(migrate_scales, "score_scale", lambda own, other, scale: 1 / scale)
+    result = scaled(randomized(lambda: Scores("neighbours"), 1), score_inputs(), {"q": lognormal(24) ** 2})
+    assert result.report.fired == {}
+    [why] = [r.reason for r in result.report.refusals]
+    assert float(why.removeprefix("rolled back, the float64 error ").split()[0]) >= 1e-1
+
+
+# --- Mamba: the gate's SiLU, and the depthwise convolution
+
+
+class Mamba(nn.Module):
+    """A selective state space block, with a bias wherever there can be one (arXiv 2312.00752, figure 3)."""
+
+    def __init__(self, width: int = 8, inner: int = 12, states: int = 3, rank: int = 4) -> None:
+        super().__init__()
+        self.sizes = (rank, states, states)
+        self.in_proj, self.out_proj = nn.Linear(width, 2 * inner), nn.Linear(inner, width)
+        self.conv1d = nn.Conv1d(inner, inner, 4, padding=3, groups=inner)
+        self.x_proj, self.dt_proj = nn.Linear(inner, sum(self.sizes)), nn.Linear(rank, inner)
+        self.a_log, self.d = nn.Parameter(torch.zeros(inner, states)), nn.Parameter(torch.zeros(inner))
+
+    def forward(self, u: Tensor) -> Tensor:
+        x, z = self.in_proj(u).chunk(2, -1)
+        x = F.silu(self.conv1d(x.transpose(1, 2))[..., : u.shape[1]].transpose(1, 2))
+        dt, b, c = self.x_proj(x).split(self.sizes, -1)
+        dt = F.softplus(self.dt_proj(dt)).unsqueeze(-1)
+        decay, drive = (-dt * self.a_log.exp()).exp(), dt * x.unsqueeze(-1) * b.unsqueeze(2)
+        state, rows = torch.zeros_like(drive[:, 0]), []
+        for t in range(u.shape[1]):
+            state = decay[:, t] * state + drive[:, t]
+            rows.append((state * c[:, t, None]).sum(-1))
+        return self.out_proj((torch.stack(rows, 1) + self.d * x) * F.silu(z))
+
+
+def mamba() -> tuple[nn.Module, tuple[Tensor]]:
+    return randomized(Mamba, 1).double(), (torch.randn(2, 6, 8).double() + 0.3,)
+
+
+def mamba_scaled(**options: Any) -> normfuse.Optimized:
+    model, args = mamba()
+    rule = migrate_scales.configured(scales={"in_proj": lognormal(24)}, **options)
+    return normfuse.optimize(model, args, passes=[rule], dynamic_shapes=None)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+def test_mamba_takes_scales_at_the_convolution_and_at_the_gate(silu: bool) -> None:
+    result = mamba_scaled(silu=silu)
+    readers = "conv1d, out_proj" if silu else "conv1d"
+    assert [r.after for r in result.report.rewrites] == [f"linear, scales in {readers}"]
+    changed = {name.removesuffix("_baked") for name in result.report.weights}
+    gate = {"out_proj.weight"} if silu else set()
+    assert {"in_proj.weight", "in_proj.bias", "conv1d.weight"} | gate <= changed
+    assert "conv1d.bias" not in changed
+    assert result.report.verification and result.report.verification.error_float64 <= 1e-12
+
+
+@pytest.mark.parametrize("method", ["weights", "smoothquant", "awq"])
+def test_mamba_with_scales_of_its_own(method: str) -> None:
+    model, args = mamba()
+    options: dict[str, Any] = {} if method == "weights" else {"method": method, "calibration": [args]}
+    rule = migrate_scales.configured(silu=True, **options)
+    report = normfuse.optimize(model, args, passes=[rule], dynamic_shapes=None).report
+    assert report.fired == {"migrate_scales": 2}
+    assert report.verification and report.verification.error_float64 <= 1e-12
+
+
+def test_the_bias_in_front_of_the_convolution_is_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The negative control: with the bias as it was, the result is another one."""
+    right = scales._divided
+
+    def forgetful(edit: Any, pair: Any, node: Any, scale: Any) -> dict[str, Any]:
+        return {name: new for name, new in right(edit, pair, node, scale).items() if name != "bias"}
+
+    monkeypatch.setattr(scales, "_divided", forgetful)
+    assert "rolled back, the float64 error" in reasons(mamba_scaled())
+
+
+def test_silu_is_refused_unless_asked_for() -> None:
+    args, _ = llama.example("small")
+    given = {"blocks.0.mlp.gate": lognormal(160)}
+    assert scaled(llama.build("small"), args, given).report.fired == {}
+    report = scaled(llama.build("small"), args, given, silu=True).report
+    assert report.fired == {"migrate_scales": 1}
+    assert report.verification and report.verification.error_float64 <= 1e-12
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_grouped_convolutions_read_scales(groups: int) -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 12, 3, padding=1, groups=groups))
+    model, image = randomized(lambda: layers, 1), torch.randn(2, 3, 5, 5) + 0.4
+    for rule in (migrate_scales.RULE, migrate_scales.configured(method="awq", calibration=[image])):
+        report = normfuse.optimize(model, (image,), passes=[rule]).report
+        assert report.fired == {"migrate_scales": 1}
+        assert report.verification and report.verification.error_float64 < 1e-12
 
 
 # --- a mutant fails
