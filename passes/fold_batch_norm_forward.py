@@ -11,6 +11,8 @@ Reference: METHODS 1.5, 2.1, 2.3, 2.4; Guo et al. 2024 (arXiv 2405.11582), secti
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import fx
 
 from normfuse.analysis import Facts
@@ -19,24 +21,35 @@ from normfuse.analysis.reach import Reach, reach
 from normfuse.node import dtype, op_name, readers, site
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform
-from normfuse.rewrite.forward import factors, fold_forward
+from normfuse.rewrite.forward import Border, factors, fold_forward
 from normfuse.rewrite.kernels import ingredients
 
 
-def run(program: Program, facts: Facts, edit: Editor) -> None:
-    affine = Affine(program)
-    for node in reversed(list(program.graph.nodes)):
-        if node._erased or node.op != "call_function":
-            continue
-        m = affine.map(node)
-        if not _is_gain(m) or _goes_on(node, affine):
-            continue
-        found = reach(node, m.axis, affine.weights, shifted=m.shifted)
-        if reason := found.reason or _not_worth(m, found, edit):
-            edit.refuse(node, reason)
-        elif edit.permit(node):
-            _fold(node, m, found, edit)
-            facts.drop()
+def configured(*, border: Border = "map") -> Transform:
+    """The pass with options, for `optimize(passes=[...])` in the place of its name.
+
+    `border`: how a shift passes zero padding: a "map" of what the convolution makes of the shift alone is added, or the
+    input is "pad"ded by -c/a, of which the norm makes zero.
+    """
+    if border not in get_args(Border):
+        raise ValueError(f"border must be one of {', '.join(get_args(Border))}, not {border!r}")
+
+    def run(program: Program, facts: Facts, edit: Editor) -> None:
+        affine = Affine(program)
+        for node in reversed(list(program.graph.nodes)):
+            if node._erased or node.op != "call_function":
+                continue
+            m = affine.map(node)
+            if not _is_gain(m) or _goes_on(node, affine):
+                continue
+            found = reach(node, m.axis, affine.weights, shifted=m.shifted)
+            if reason := found.reason or _not_worth(m, found, edit):
+                edit.refuse(node, reason)
+            elif edit.permit(node):
+                _fold(node, m, found, edit, border)
+                facts.drop()
+
+    return Transform("fold_batch_norm_forward", exactness=Exactness.ALGEBRAIC, run=run)
 
 
 def _is_gain(m: AffineMap) -> bool:
@@ -63,14 +76,14 @@ def _not_worth(m: AffineMap, found: Reach, edit: Editor) -> str | None:
     return f"the shift does not pass the zero padding of {where}: a map of its border costs what the norm does"
 
 
-def _fold(node: fx.Node, m: AffineMap, found: Reach, edit: Editor) -> None:
-    both = factors(edit, m, found)
+def _fold(node: fx.Node, m: AffineMap, found: Reach, edit: Editor, border: Border) -> None:
+    both = factors(edit, m, found, border)
     if isinstance(both, str):
         edit.refuse(node, both)
         return
     after = ", ".join(sorted({op_name(end.node) for end in found.ends}))
     edit.fired(node, before=f"{ingredients([m])}, {after}", after=after)
-    fold_forward(edit, node, m, found, both)
+    fold_forward(edit, node, m, found, both, border)
 
 
-RULE = Transform("fold_batch_norm_forward", exactness=Exactness.ALGEBRAIC, run=run)
+RULE = configured()

@@ -215,7 +215,7 @@ class Affine:
         sizes = shape(found.weight)
         spatial = len(sizes) - 2 if is_op(node, *CONVOLUTIONS) else 0
         whole = rank(source) == spatial + 2 if spatial else rank(source) >= 2 and len(sizes) == 2
-        windows = _windows(node, sizes[2:]) if spatial else ()
+        windows = windows_of(node, sizes[2:]) if spatial else ()
         if not whole or windows is None or not all(isinstance(s, int) for s in sizes):
             return None
         inputs, outputs = int(sizes[found.in_axis]) * found.groups, int(sizes[found.out_axis])
@@ -355,7 +355,8 @@ def _per_axis(item: Any, n: int) -> list[int]:
     return items * n if len(items) == 1 else items
 
 
-def _windows(node: fx.Node, kernel: Sequence[Any]) -> Windows | None:
+def windows_of(node: fx.Node, kernel: Sequence[Any]) -> Windows | None:
+    """How the convolution `node` with a kernel of these sizes moves, if all of that is numbers."""
     n, a = len(kernel), arguments(node)
     strides, dilations, padding = _per_axis(a["stride"], n), _per_axis(a["dilation"], n), a["padding"]
     if isinstance(padding, str):

@@ -1,8 +1,10 @@
-"""Signs of weights: proved from their programs, or looked up in the values where there are values."""
+"""Signs of weights: proved from their programs, or looked up in the values where there are values (else None)."""
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Callable
+
+from torch import Tensor, fx
 
 from normfuse.evaluate import Weights
 from normfuse.node import aten, is_op
@@ -24,7 +26,21 @@ def _above_zero(item: object) -> bool:
 
 
 def positive_here(program: Program, node: fx.Node) -> bool | None:
-    """Is the weight positive in this checkpoint? None if it has no values (a plan on meta tensors)."""
+    """Is the weight positive in this checkpoint?"""
+    return _here(program, node, lambda weight: weight > 0)
+
+
+def nowhere_zero(program: Program, node: fx.Node) -> bool | None:
+    """Has the weight no zero in this checkpoint?"""
+    return _here(program, node, lambda weight: weight != 0)
+
+
+def same_everywhere(program: Program, node: fx.Node) -> bool | None:
+    """Is the weight one number again and again in this checkpoint?"""
+    return _here(program, node, lambda weight: weight == weight.flatten()[0])
+
+
+def _here(program: Program, node: fx.Node, holds: Callable[[Tensor], Tensor]) -> bool | None:
     if any(t.device.type == "meta" for t in program.tensors.values()):
         return None
-    return bool((Weights(program).whole(node) > 0).all())
+    return bool(holds(Weights(program).whole(node)).all())

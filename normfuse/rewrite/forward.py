@@ -5,41 +5,55 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 from torch import fx
 
-from normfuse.analysis.affine import AffineMap
+from normfuse.analysis.affine import AffineMap, windows_of
 from normfuse.analysis.projections import Projection
 from normfuse.analysis.reach import End, Reach
-from normfuse.analysis.signs import always_positive, positive_here
+from normfuse.analysis.signs import always_positive, nowhere_zero, positive_here
 from normfuse.node import argument, aten, rank, shape, site, value
 from normfuse.rewrite.editor import Editor, Value
 from normfuse.rewrite.kernels import Factor, as_vector, build, scale_inputs, through
 
 Factors = tuple[Factor, Factor | None]
+Border = Literal["map", "pad"]
+"""Zeros around a shifted input: add the convolution of the shift alone, or pad what is read by what becomes zero."""
 
 
-def factors(edit: Editor, m: AffineMap, found: Reach) -> Factors | str:
+def factors(edit: Editor, m: AffineMap, found: Reach, border: Border = "map") -> Factors | str:
     """Scale and shift of a diagonal map for its readers; or why not, if that depends on values and they say no."""
     with edit.at(found.ends[0].node):
         scale, shift = build(edit, m)
         checked = scale if found.positive_for is None else _positive(edit, scale, found.positive_for)
+        padded = border == "pad" and shift is not None and any(end.bordered for end in found.ends)
+        if padded and not _nowhere_zero(edit, scale):
+            return "a channel has a scale of zero: nothing around its input becomes zero"
         return checked if isinstance(checked, str) else (checked, shift)
 
 
-def fold_forward(edit: Editor, node: fx.Node, m: AffineMap, found: Reach, both: Factors) -> None:
+def fold_forward(edit: Editor, node: fx.Node, m: AffineMap, found: Reach, both: Factors, border: Border = "map") -> None:
     """Let every reader of `node` read what `m`, a diagonal map, reads, and do itself what `m` does."""
     scale, shift = both
     for end in found.ends:
         with edit.at(end.node):
-            edit.replace(end.node, _taken(edit, end, _repeated(edit, scale, end), _repeated(edit, shift, end)))
+            mine = _repeated(edit, scale, end), _repeated(edit, shift, end)
+            edit.replace(end.node, taken(edit, end, *mine, border))
     edit.replace(node, m.source)
 
 
 def shifted_input(edit: Editor, found: Projection, shift: Value) -> None:
     """The projection gives what it gave when its input was larger by `shift`, a number per channel."""
     end = End(replace(found, node=edit.current(found.node)), 1)
-    edit.replace(end.node, _taken(edit, end, None, shift))
+    edit.replace(end.node, taken(edit, end, None, shift))
+
+
+def _nowhere_zero(edit: Editor, scale: Factor) -> bool:
+    """Of another checkpoint a zero becomes NaN by itself: it is divided by."""
+    if not isinstance(scale, Value):
+        return scale != 0
+    return always_positive(scale.node) or bool(nowhere_zero(edit.program, scale.node))
 
 
 def _positive(edit: Editor, scale: Factor, passing: fx.Node) -> Factor | str:
@@ -64,20 +78,23 @@ def _repeated(edit: Editor, factor: Factor | None, end: End) -> Factor | None:
     return tall.reshape(channels * end.repeats)
 
 
-def _taken(edit: Editor, end: End, scale: Factor | None, shift: Factor | None) -> Value:
+def taken(edit: Editor, end: End, scale: Factor | None, shift: Factor | None, border: Border = "map") -> Value:
     """W (s * x + c) + b = (W diag(s)) x + (b + W c); behind zeros, W c is another number at the border."""
     found = end.projection
     weight = edit.value(found.weight)
     scaled = weight if scale is None else _scaled(found, weight, scale).to(value(found.weight).dtype)
+    changed: dict[str, Any] = {found.weight_name: scaled}
     if shift is None:
-        return edit.rebuild(end.node, **{found.weight_name: scaled})
+        return edit.rebuild(end.node, **changed)
+    if end.bordered and border == "map":
+        return edit.rebuild(end.node, **changed) + _bias_map(edit, end, shift)
     if end.bordered:
-        return edit.rebuild(end.node, **{found.weight_name: scaled}) + _bias_map(edit, end, shift)
+        changed |= _padded(edit, end, 1.0 if scale is None else scale, shift)
     moved = _moved(edit, found, weight, shift).to(value(found.weight).dtype)
     if found.bias_name is None:
-        return edit.rebuild(end.node, **{found.weight_name: scaled}) + moved
-    bias = moved if found.bias is None else edit.value(found.bias) + moved
-    return edit.rebuild(end.node, **{found.weight_name: scaled, found.bias_name: bias})
+        return edit.rebuild(end.node, **changed) + moved
+    changed[found.bias_name] = moved if found.bias is None else edit.value(found.bias) + moved
+    return edit.rebuild(end.node, **changed)
 
 
 def _scaled(found: Projection, weight: Value, scale: Factor) -> Value:
@@ -99,6 +116,21 @@ def _bias_map(edit: Editor, end: End, shift: Factor) -> Value:
     constant = edit.call(aten.expand.default, vector, [1, channels, *sizes])
     made = edit.rebuild(end.node, **{end.projection.input_name: constant, "bias": None})
     return made.to(value(end.node).dtype)
+
+
+def _padded(edit: Editor, end: End, scale: Factor, shift: Factor) -> dict[str, Any]:
+    """The input with -c/s around it, of which scale and shift make the zeros that were there, and no further padding."""
+    source: fx.Node = argument(end.node, end.projection.input_name)
+    like, padding = value(source), argument(end.node, "padding")
+    windows = windows_of(end.node, shape(end.projection.weight)[2:])
+    assert windows is not None
+    around = [p for window in reversed(windows) for p in (window.low, window.high)]
+    channels, *sizes = _sizes(edit, source)
+    zeros = edit.call(aten.full.default, [1, 1, *sizes], 0.0, dtype=like.dtype, device=like.device)
+    outside = edit.call(aten.constant_pad_nd.default, zeros, around, 1.0)
+    border = (as_vector(edit, shift, channels, source) / scale * -1.0).along(1, like.dim()).to(like.dtype)
+    wide = edit.call(aten.constant_pad_nd.default, source, around, 0.0) + outside * border
+    return {end.projection.input_name: wide, "padding": "valid" if isinstance(padding, str) else [0] * len(windows)}
 
 
 def _sizes(edit: Editor, source: fx.Node) -> Sequence[int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normfuse
+from normfuse.passes import fold_batch_norm_forward
 from tests.passes.checking import (
     assert_idempotent,
     assert_mutant_fails,
@@ -170,12 +171,15 @@ def test_both_sides_of_a_token_norm() -> None:
 
 
 @pytest.mark.parametrize("free", [False, True])
-def test_zeros_around_a_shift_are_repaired_when_asked_for(free: bool) -> None:
-    """The plain fold is right inside and wrong at the border; the map of the border is right everywhere."""
+@pytest.mark.parametrize("border", ["map", "pad"])
+def test_zeros_around_a_shift_are_repaired_when_asked_for(border: Any, free: bool) -> None:
+    """The plain fold is right inside and wrong at the border; either repair is right everywhere."""
     model = randomized(Behind(nn.BatchNorm2d(6), same, nn.Conv2d(6, 4, 3, padding=1, stride=2))).double()
     x = images(6, 9, 10).double()
-    optimized = run(model, [x], PASS, dynamic_shapes="auto" if free else None)
+    rule = fold_batch_norm_forward.configured(border=border)
+    optimized = normfuse.optimize(model, (x,), passes=[rule], dynamic_shapes="auto" if free else None)
     assert optimized.report.fired == {PASS: 1}
+    assert ops(optimized)["constant_pad_nd"] == {"map": 0, "pad": 1 + free}[border]
     assert_same(optimized)
     with torch.no_grad():
         expected = model(x)
@@ -190,7 +194,43 @@ def test_zeros_around_a_shift_are_repaired_when_asked_for(free: bool) -> None:
         assert relative(optimized(x), expected) <= 1e-12
 
 
+@pytest.mark.parametrize(
+    "options", [{"padding": "same"}, {"padding": "same", "kernel": 4}, {"padding": (2, 1), "dilation": 2, "groups": 2}]
+)
+def test_the_padding_that_becomes_zero_goes_where_the_zeros_were(options: dict[str, Any]) -> None:
+    kernel = options.pop("kernel", 3)
+    model, args = randomized(Behind(nn.BatchNorm2d(6), same, nn.Conv2d(6, 4, kernel, **options))), (images(6, 9, 10),)
+    optimized = normfuse.optimize(model, args, passes=[fold_batch_norm_forward.configured(border="pad")])
+    assert optimized.report.fired == {PASS: 1}
+    assert_same(optimized)
+
+
 # --- refuses
+
+
+def test_no_padding_becomes_zero_under_a_scale_of_zero() -> None:
+    model, args = randomized(Behind(nn.BatchNorm2d(6), same, nn.Conv2d(6, 4, 3, padding=1))), (images(6, 7, 8),)
+    with torch.no_grad():
+        model.norm.weight[2] = 0
+    optimized = normfuse.optimize(model, args, passes=[fold_batch_norm_forward.configured(border="pad")])
+    assert not optimized.report.fired
+    assert "a channel has a scale of zero" in reasons(optimized, PASS)
+    assert run(model, args, PASS).report.fired == {PASS: 1}
+
+
+def test_a_scale_of_zero_in_another_checkpoint_is_not_replayed_silently() -> None:
+    model, args = randomized(Behind(nn.BatchNorm2d(6), same, nn.Conv2d(6, 4, 3, padding=1))), (images(6, 7, 8),)
+    rule = fold_batch_norm_forward.configured(border="pad")
+    optimized = normfuse.optimize(model, args, passes=[rule], dynamic_shapes=None)
+    with torch.no_grad():
+        model.norm.weight[2] = 0
+    replayed = normfuse.replay(optimized.report.weights, model.state_dict())
+    assert not all(t.isfinite().all() for t in replayed.values())
+
+
+def test_unknown_borders_are_told_at_once() -> None:
+    with pytest.raises(ValueError, match="border must be one of map, pad"):
+        fold_batch_norm_forward.configured(border="mirror")  # type: ignore[arg-type]
 
 
 def test_zeros_around_a_shift_stay_unasked() -> None:
