@@ -3,6 +3,7 @@
 Exactness: algebraic.
 Legal if:  every reader of the residual stream is a LayerNorm over its full channel axis, and its writers can be centred:
            W - mean(W) over the outputs of projections, embeddings, positions, class tokens, convolutions.
+           Post-LN, asked for by name: where a gain is one number, the mean of what it writes is that of its shift.
 Leaves alone: streams that anything else reads (a projection, an output of the model, patch merging, an RMSNorm); post-LN,
            where a norm's gain writes the stream; norms right behind depthwise convolutions.
 Reference: METHODS 1.2; Jiang et al. 2023 (arXiv 2305.14858), section 4.
@@ -10,7 +11,7 @@ Reference: METHODS 1.2; Jiang et al. 2023 (arXiv 2305.14858), section 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 from torch import fx
 
@@ -24,26 +25,50 @@ from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform
 from normfuse.rewrite.channels import centre, map_writer
+from normfuse.rewrite.means import centre_even, even_writers, share, tied_heads
+
+TIED = ("copy", "shared")
 
 
-def run(program: Program, facts: Facts, edit: Editor) -> None:
-    done: set[fx.Node] = set()
-    for norm in [n for n in program.graph.nodes if is_op(n, aten.layer_norm)]:
-        if norm in done or norm._erased or norm in facts(weight_only):
-            continue
-        source: fx.Node = norm.args[0]  # type: ignore[assignment]
-        stream = stream_of(source, rank(source) - 1, facts(weight_only))
-        mine = [reader for reader in stream.readers if _is_full_layer_norm(reader, stream)]
-        done.update(reader.node for reader in mine)
-        pending = [w for w in stream.writers if w.is_weight or not facts(zero_mean)(w.node, w.axis)]
-        by_hand = {w: why for w in pending if (why := facts(writers).why_not(w))}
-        reason = _blocker(stream, mine) or _not_worth(by_hand, mine)
-        if reason:
-            for reader in mine:
-                edit.refuse(reader.node, reason)
-        elif mine and edit.permit(norm):
-            _rewrite(edit, facts, mine, pending, by_hand)
-            facts.drop()
+def configured(*, tied: str = "copy") -> Transform:
+    """The pass with options, for `optimize(passes=[...])` in the place of its name.
+
+    `tied`: a head that shares its table with the embedding keeps the table as it was, so that there are two of them
+    ("copy"); or it reads the centred one as well, and what that lacks, sum(y) mean(E), is added ("shared").
+    """
+    if tied not in TIED:
+        raise ValueError(f"tied must be one of {', '.join(TIED)}, not {tied!r}")
+
+    def run(program: Program, facts: Facts, edit: Editor) -> None:
+        done: set[fx.Node] = set()
+        for each in [n for n in program.graph.nodes if is_op(n, aten.layer_norm)]:
+            norm = edit.current(each)  # the shift of a norm before may have been centred
+            if norm not in done and is_op(norm, aten.layer_norm) and norm not in facts(weight_only):
+                done.update(_centre(program, facts, edit, norm, share_tables=tied == "shared"))
+
+    return Transform("layer_norm_to_rms_norm", exactness=Exactness.ALGEBRAIC, run=run)
+
+
+def _centre(program: Program, facts: Facts, edit: Editor, norm: fx.Node, *, share_tables: bool) -> list[fx.Node]:
+    """Centre the stream that `norm` reads, or say why not; the norms that read it."""
+    source: fx.Node = norm.args[0]  # type: ignore[assignment]
+    stream = stream_of(source, rank(source) - 1, facts(weight_only))
+    mine = [reader for reader in stream.readers if _is_full_layer_norm(reader, stream)]
+    even = even_writers(program, stream, facts) if edit.named else {}
+    pending = [w for w in stream.writers if w not in even and (w.is_weight or not facts(zero_mean)(w.node, w.axis))]
+    by_hand = {w: why for w in pending if (why := facts(writers).why_not(w))}
+    told = {reader for readers in even.values() for reader in readers}
+    reason = _blocker(stream, {*mine, *told}) or _not_worth(by_hand, mine)
+    if reason:
+        for reader in mine:
+            edit.refuse(reader.node, reason)
+    elif mine and edit.permit(norm):
+        heads = tied_heads(stream) if share_tables else {}
+        _rewrite(edit, facts, mine, pending, by_hand)
+        share(edit, heads)
+        centre_even(edit, even)
+        facts.drop()
+    return [reader.node for reader in mine]
 
 
 def _is_full_layer_norm(reader: Reader, stream: Stream) -> bool:
@@ -57,9 +82,9 @@ def _is_full_layer_norm(reader: Reader, stream: Stream) -> bool:
     )
 
 
-def _blocker(stream: Stream, mine: Sequence[Reader]) -> str | None:
+def _blocker(stream: Stream, blind: Set[Reader]) -> str | None:
     """Why the mean of the stream must stay: someone sees it."""
-    others = [reader.node for reader in stream.readers if reader not in mine]
+    others = [reader.node for reader in stream.readers if reader not in blind]
     if not others:
         return None
     gains = [w.node for w in stream.writers if is_op(w.node, aten.layer_norm, RMS_NORM)]
@@ -105,4 +130,4 @@ def _rewrite(
         edit.insert_behind(writer.node, lambda x, axis=writer.axis: centre(x, axis))
 
 
-RULE = Transform("layer_norm_to_rms_norm", exactness=Exactness.ALGEBRAIC, run=run)
+RULE = configured()

@@ -55,14 +55,38 @@ class ZeroMean:
             return [(argument(node, "weight"), 1)]
         if is_op(node, aten.conv1d, aten.conv2d, aten.conv3d) and axis == 1:
             return _affine(argument(node, "weight"), 0, argument(node, "bias"))
-        if is_op(node, aten.layer_norm) and axis == last and len(argument(node, "normalized_shape")) == 1:
-            plain = argument(node, "weight") is None and argument(node, "bias") is None
-            return [] if plain else None
-        return None
+        return _normed(node) if axis == last else None
 
 
 def _affine(weight: fx.Node, axis: int, bias: fx.Node | None) -> list[tuple[fx.Node, int]]:
     return [(weight, axis)] + ([(bias, rank(bias) - 1)] if isinstance(bias, fx.Node) else [])
+
+
+def _normed(node: fx.Node) -> list[tuple[fx.Node, int]] | None:
+    """A norm of what has no mean (of anything, for LayerNorm), by a gain that is one number, and its shift."""
+    if not is_op(node, aten.layer_norm, RMS_NORM):
+        return None
+    layer_norm = is_op(node, aten.layer_norm)
+    gain, shift = argument(node, "weight"), argument(node, "bias")
+    last = len(argument(node, "normalized_shape")) == 1 if layer_norm else list(argument(node, "axes")) == [-1]
+    if not last or not _is_one_number(gain):
+        return None
+    source = [] if layer_norm else [(argument(node, "x"), rank(node) - 1)]
+    return source + ([] if shift is None else [(shift, rank(shift) - 1)])
+
+
+def _is_one_number(gain: fx.Node | None) -> bool:
+    """No gain, or where(gain == gain[0:1], gain, NaN)."""
+    if gain is None:
+        return True
+    if not is_op(gain, aten.where):
+        return False
+    same, kept, other = gain.args[:3]
+    if not isinstance(other, float) or other == other or not isinstance(same, fx.Node) or not is_op(same, aten.eq):
+        return False
+    first = same.args[1]
+    cut = isinstance(first, fx.Node) and is_op(first, aten.slice) and list(first.args[:4]) == [kept, 0, 0, 1]
+    return cut and same.args[0] is kept
 
 
 def _is_centred(node: fx.Node, axis: int) -> bool:
