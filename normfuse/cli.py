@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 import normfuse
+from normfuse.benchmark.command import bench
 from normfuse.errors import NormfuseError
 
 MODEL_HELP = (
@@ -148,50 +149,7 @@ def convert(
     _out.print(str(written), highlight=False)
 
 
-@app.command()
-def bench(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL...", help="Named as above, or bert-base, gpt2, ..., hf:Class, timm:name; plain, mergeable."
-        ),
-    ],
-    contender: Annotated[
-        list[str] | None, typer.Option("--contender", "-c", help="Only these (may be given often).")
-    ] = None,
-    batch: Annotated[list[int] | None, typer.Option("--batch", "-b", help="Batch sizes (may be given often).")] = None,
-    rounds: Annotated[int, typer.Option(help="How often every contender has its turn.")] = 3,
-    threads: Annotated[int, typer.Option(help="Threads of every contender.")] = 2,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder for bench.json, bench.png and bench.svg.")
-    ] = None,
-) -> None:
-    """Time models in eager torch, inductor, onnxruntime and normfuse's backends, each in a process of its own.
-
-    Example: normfuse bench deit-ti mobilenet-v2 -o docs/benchmarks
-    """
-    from normfuse.benchmark import CONTENDERS, run_benchmark
-    from normfuse.benchmark.models import MERGEABLE, PLAIN
-    from normfuse.benchmark.show import failures, plot, table
-
-    groups = {"plain": PLAIN, "mergeable": MERGEABLE}
-    names = [name for given in models for name in groups.get(given, (given,))]
-    wrong = [name for name in contender or () if name not in CONTENDERS]
-    if wrong:
-        raise NormfuseError(f"unknown contender {wrong[0]!r}: choose among {', '.join(CONTENDERS)}")
-    with _err.status("measuring") as status:
-        result = run_benchmark(
-            names, contender or CONTENDERS, batches=batch or (1,), rounds=rounds, threads=threads, tick=status.update
-        )
-    _out.print(table(result))
-    for line in failures(result):
-        _out.print(f"failed: {line}", style="dim", markup=False)
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "bench.json").write_text(json.dumps(result.to_dict(), indent=2), encoding="utf-8")
-        for ending in ("png", "svg"):
-            plot(result, output / f"bench.{ending}")
-        _out.print(f"wrote {output}/bench.json, bench.png, bench.svg")
+app.command()(bench)
 
 
 @app.command()

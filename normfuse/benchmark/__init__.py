@@ -1,5 +1,6 @@
 """Benchmarks: models by contenders, one process each, in alternating rounds."""
 
-from normfuse.benchmark.rounds import CONTENDERS, Result, run_benchmark
+from normfuse.benchmark.result import Result, read
+from normfuse.benchmark.rounds import ACCEPTANCE, CONTENDERS, Plan, estimate, run_benchmark
 
-__all__ = ["CONTENDERS", "Result", "run_benchmark"]
+__all__ = ["ACCEPTANCE", "CONTENDERS", "Plan", "Result", "estimate", "read", "run_benchmark"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -34,8 +33,10 @@ _HUGGING_FACE: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenet-v2": ("MobileNetV2Model", {}),
 }
 _TIMM = {"repvgg-a0": "repvgg_a0", "mobileone-s0": "mobileone_s0", "fastvit-t8": "fastvit_t8", "repvit-m0.9": "repvit_m0_9"}
+_REP_BATCH_NORM = {"deit-ti-repbn": "deit-ti"}
 PLAIN = tuple(_HUGGING_FACE)
-MERGEABLE = tuple(_TIMM)
+MERGEABLE = (*_TIMM, *_REP_BATCH_NORM)
+SUITES = {"plain": PLAIN, "mergeable": MERGEABLE}
 MODEL_TYPES = {"bert-base": "bert", "gpt2": "gpt2", "opt-125m": "gpt2", "vit-b16": "vit", "deit-ti": "vit", "swin-t": "swin"}
 """What onnxruntime.transformers calls a model, where it knows it."""
 
@@ -45,6 +46,8 @@ def load(name: str, batch: int) -> Loaded:
     torch.manual_seed(0)
     if name in _HUGGING_FACE:
         return _hugging_face(name, *_HUGGING_FACE[name], batch)
+    if name in _REP_BATCH_NORM:
+        return _with_rep_batch_norm(name, _REP_BATCH_NORM[name], batch)
     if name.startswith("hf:"):
         return _hugging_face(name, name.removeprefix("hf:"), {}, batch)
     if name in _TIMM or name.startswith("timm:"):
@@ -63,7 +66,7 @@ def _hugging_face(name: str, architecture: str, options: dict[str, Any], batch: 
     if kind is None:
         raise NormfuseError(f"transformers has no {architecture!r}")
     model = kind(kind.config_class(**options)).eval()
-    _spread_statistics(model)
+    _spread(model)
     return Loaded(name, model, (), _example(model.main_input_name, model.config, batch))
 
 
@@ -81,14 +84,42 @@ def _timm(name: str, architecture: str, batch: int) -> Loaded:
         model = importlib.import_module("timm").create_model(architecture).eval()
     finally:
         sys.meta_path.pop()
-    _spread_statistics(model)
+    _spread(model)
     side = model.pretrained_cfg["input_size"]
     return Loaded(name, model, (torch.randn(batch, *side),), {})
 
 
+def _with_rep_batch_norm(name: str, base: str, batch: int) -> Loaded:
+    """Every LayerNorm replaced as SLAB does (arXiv 2405.11582), as if trained: statistics and factors are random."""
+    loaded = load(base, batch)
+    assert isinstance(loaded.model, nn.Module)
+    for path, module in list(loaded.model.named_modules()):
+        if isinstance(module, nn.LayerNorm):
+            parent, _, leaf = path.rpartition(".")
+            setattr(loaded.model.get_submodule(parent), leaf, _RepBatchNorm(module.normalized_shape[0]))
+    _spread(loaded.model.eval())
+    return Loaded(name, loaded.model, loaded.args, loaded.kwargs)
+
+
+class _RepBatchNorm(nn.Module):
+    """(batch, length, channels) -> BatchNorm(x) + eta * x, the transposes as in the paper's own code."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.eta = nn.Parameter(torch.ones(1))
+        self.norm = nn.BatchNorm1d(channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.transpose(1, 2)
+        return (self.norm(x) + self.eta * x).transpose(1, 2)
+
+
 @torch.no_grad()
-def _spread_statistics(model: nn.Module) -> None:
-    """Running statistics at their defaults would make the folding of batch norms a trifle."""
+def _spread(model: nn.Module) -> None:
+    """Nothing at its default: ones, zeros and unit statistics would make what there is to do a trifle."""
+    for parameter in model.parameters():
+        if bool((parameter == parameter.flatten()[0]).all()):
+            parameter.add_(0.1 * torch.randn_like(parameter))
     for module in model.modules():
         mean, variance = getattr(module, "running_mean", None), getattr(module, "running_var", None)
         if isinstance(mean, torch.Tensor) and isinstance(variance, torch.Tensor):
@@ -96,11 +127,23 @@ def _spread_statistics(model: nn.Module) -> None:
             variance.uniform_(0.5, 1.5)
 
 
+class _Open(type):
+    """A class with every attribute, and an item for every key."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return name
+
+    def __getitem__(cls, key: Any) -> Any:
+        return cls
+
+
 class _Anything(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return type(name, (), {"__class_getitem__": classmethod(lambda cls, _: cls)})
+        return _Open(name, (), {})
 
 
 class _Torchvision(MetaPathFinder, Loader):
@@ -114,6 +157,3 @@ class _Torchvision(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         pass
-
-
-Build = Callable[[], Any]
