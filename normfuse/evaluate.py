@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from normfuse.analysis.constants import constants
-from normfuse.node import argument, aten, is_op, shape
+from normfuse.node import argument, arguments, aten, is_op, shape
 from normfuse.ops import RMS_NORM
 from normfuse.program import Program
 
@@ -39,6 +40,8 @@ _ROWWISE_POINTWISE = (
 _ROWWISE_MAPS = (aten.matmul, aten.mm)
 _ROWWISE_REDUCTIONS = (aten.mean, aten.sum, aten.var, aten.std, aten.linalg_vector_norm, aten.amax)
 _ROWWISE_NORMS = (aten.layer_norm, RMS_NORM)
+_ROWWISE_VIEWS = (aten.view, aten.reshape)
+_OVER_ROWS = (aten.mean, aten.sum, aten.amax)
 
 
 def promote(leaf: Any) -> Any:
@@ -77,6 +80,8 @@ class Weights:
         self.tensors = program.tensors if tensors is None else tensors
         self.nodes = constants(program)
         self._kept: dict[fx.Node, Any] = {}
+        self._held: dict[fx.Node, Any] = {}
+        self._by_row: dict[fx.Node, bool] = {}
         self._promoted = 0
 
     def _promote(self, tensor: Tensor) -> Tensor:
@@ -93,10 +98,10 @@ class Weights:
             return self._kept[node]
         memo: dict[fx.Node, Any] = {}
         needed = self._needed(node)
-        reads = {n: sum(1 for user in n.users if user in needed) for n in needed}
+        reads = {n: sum(1 for user in n.users if user in needed and n in self._inputs(user)) for n in needed}
         for current in needed:
-            memo[current] = self._leaf(current) if current.op == "get_attr" else self._apply(current, memo)
-            for source in current.all_input_nodes:
+            memo[current] = self._value(current, memo)
+            for source in self._inputs(current):
                 reads[source] -= 1
                 if reads[source] == 0 and source is not node:
                     del memo[source]
@@ -114,8 +119,17 @@ class Weights:
                 order[node] = None
             elif node not in order:
                 stack.append((node, True))
-                stack.extend((n, False) for n in node.all_input_nodes if n not in order)
+                stack.extend((n, False) for n in self._inputs(node) if n not in order)
         return order
+
+    def _inputs(self, node: fx.Node) -> list[fx.Node]:
+        """What must be there in whole before the node."""
+        return [] if self._reduces_rows(node) else node.all_input_nodes
+
+    def _value(self, node: fx.Node, memo: dict[fx.Node, Any]) -> Any:
+        if node.op == "get_attr":
+            return self._leaf(node)
+        return self._over_rows(node) if self._reduces_rows(node) else self._apply(node, memo)
 
     def _leaf(self, node: fx.Node) -> Any:
         return self._promote(self.tensors[str(node.target)])
@@ -128,15 +142,24 @@ class Weights:
 
     def rowwise(self, node: fx.Node) -> bool:
         """Does each row (index along axis 0) of the value depend only on the same row of its sources?"""
-        if node.op == "get_attr":
-            return len(shape(node)) > 0
+        if node not in self._by_row:
+            self._by_row[node] = self._is_rowwise(node)
+        return self._by_row[node]
+
+    def _is_rowwise(self, node: fx.Node) -> bool:
         sizes = shape(node)
-        if not sizes or node.op != "call_function":
-            return False
+        if node.op == "get_attr" or not sizes or node.op != "call_function":
+            return node.op == "get_attr" and len(sizes) > 0
         if is_op(node, *_ROWWISE_POINTWISE):
-            return all(self.rowwise(n) or not self._has_rows(n, sizes) for n in node.all_input_nodes)
+            return any(self.rowwise(n) and self._has_rows(n, sizes) for n in node.all_input_nodes)
+        if is_op(node, aten.constant_pad_nd):  # it makes its input larger, which may well be there in whole
+            return len(argument(node, "pad")) < 2 * len(sizes)
         source = node.args[0]
-        if not isinstance(source, fx.Node) or not self.rowwise(source) or len(shape(source)) < 2:
+        if not isinstance(source, fx.Node) or not self.rowwise(source):
+            return False
+        if is_op(node, *_ROWWISE_VIEWS):
+            return shape(source)[0] == sizes[0]
+        if len(shape(source)) < 2:
             return False
         if is_op(node, *_ROWWISE_REDUCTIONS):
             axes = [int(a) % len(shape(source)) for a in _axes(node)]
@@ -145,8 +168,29 @@ class Weights:
             right = node.args[1]
             return isinstance(right, fx.Node) and len(shape(right)) == 2
         if is_op(node, *_ROWWISE_NORMS):
-            return len(shape(source)) > 1 and all(not self._has_rows(n, sizes) for n in node.all_input_nodes[1:])
+            return all(not self._has_rows(n, sizes) for n in node.all_input_nodes[1:])
         return False
+
+    def _reduces_rows(self, node: fx.Node) -> bool:
+        """A reduction over the rows of what is large and has them one by one."""
+        source = node.args[0] if node.args and is_op(node, *_OVER_ROWS) else None
+        if not isinstance(source, fx.Node) or not shape(source) or not self.rowwise(source):
+            return False
+        axes = [int(a) % len(shape(source)) for a in _axes(node)]
+        return 0 in axes and not node.kwargs and self._widest(source) > _LARGE
+
+    def _over_rows(self, node: fx.Node) -> Tensor:
+        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        total: Tensor | None = None
+        for _, block in self.blocks(source):
+            part = call(node, (block, *node.args[1:]), {})
+            if is_op(node, aten.amax):
+                total = part if total is None else torch.maximum(total, part)
+                continue
+            part = part * (len(block) / int(shape(source)[0])) if is_op(node, aten.mean) else part
+            total = part if total is None else total + part
+        assert total is not None
+        return total
 
     @staticmethod
     def _has_rows(node: fx.Node, sizes: Sequence[Any]) -> bool:
@@ -161,11 +205,28 @@ class Weights:
 
         def fetch(n: fx.Node) -> Any:
             pointwise = is_op(node, *_ROWWISE_POINTWISE)
-            by_row = self.rowwise(n) and (self._has_rows(n, sizes) if pointwise else n is node.args[0])
-            return self.rows(n, which) if by_row else self.whole(n)
+            if not (self._has_rows(n, sizes) if pointwise else n is node.args[0]):
+                return self.whole(n)
+            return self.rows(n, which) if self.rowwise(n) else self._hold(n)[which]
 
+        if is_op(node, *_ROWWISE_VIEWS):
+            block = fetch(node.args[0])  # type: ignore[arg-type]
+            return block.reshape(len(block), *sizes[1:])
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fetch)
         return call(node, args, kwargs)  # type: ignore[no-any-return]
+
+    def some_rows(self, node: fx.Node, which: Tensor) -> Tensor:
+        """Rows of a row-wise node, and nothing kept of what they took."""
+        outside, self._held = self._held, {}
+        picked = self.rows(node, which)
+        self._held = outside
+        return picked
+
+    def _hold(self, node: fx.Node) -> Tensor:
+        """A value that has no rows of its own, for as long as the blocks of its readers last."""
+        if node not in self._held:
+            self._held[node] = self.whole(node)
+        return self._held[node]  # type: ignore[no-any-return]
 
     def blocks(self, node: fx.Node) -> Iterator[tuple[slice, Tensor]]:
         """The value in blocks of rows, or in one piece where rows depend on each other."""
@@ -173,19 +234,32 @@ class Weights:
         if not sizes or not all(isinstance(s, int) for s in sizes):
             yield slice(None), self.whole(node)
             return
-        total = 1
-        for size in sizes:
-            total *= int(size)
-        if total <= _LARGE or not self.rowwise(node):
+        total = self._widest(node) if self.rowwise(node) else 0
+        if total <= _LARGE:
             yield slice(None), self.whole(node)
             return
         step = max(1, _LARGE * int(sizes[0]) // total)
+        outside, self._held = self._held, {}
         for start in range(0, int(sizes[0]), step):
             yield slice(start, start + step), self.rows(node, slice(start, start + step))
+        self._held = outside
+
+    def _widest(self, node: fx.Node) -> int:
+        """Elements of the largest value by rows on the way to a row-wise node: a sum over a product is as wide as that."""
+        widest, seen, stack = 0, {node}, [node]
+        while stack:
+            current = stack.pop()
+            sizes = shape(current)
+            if sizes and all(isinstance(s, int) for s in sizes):
+                widest = max(widest, math.prod(int(s) for s in sizes))
+            operands = [n for n in current.all_input_nodes if n not in seen and self.rowwise(n)]
+            stack += operands
+            seen.update(operands)
+        return widest
 
 
 def _axes(node: fx.Node) -> list[int]:
-    axes = argument(node, "dim")
+    axes = arguments(node).get("dim")
     return [axes] if isinstance(axes, int) else list(axes or [])
 
 
@@ -250,7 +324,7 @@ def _apply(node: fx.Node, envs: list[dict[fx.Node, Any]], weights: Weights) -> l
 def _embed(node: fx.Node, env: dict[fx.Node, Any], weights: Weights) -> Tensor:
     index = _resolve(node.args[1], env, weights)
     wanted, position = torch.unique(index, return_inverse=True)
-    return weights.rows(node.args[0], wanted)[position]  # type: ignore[arg-type]
+    return weights.some_rows(node.args[0], wanted)[position]  # type: ignore[arg-type]
 
 
 def _is_large(node: Any, weights: Weights) -> bool:
