@@ -29,6 +29,15 @@ def session(path: Path, *, optimized: bool = True) -> ort.InferenceSession:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
+def run_operators(path: Path) -> set[str]:
+    """The operators that onnxruntime runs in the end."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(path.with_suffix(".run.onnx"))
+    ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return {node.op_type for node in onnx.load(options.optimized_model_filepath).graph.node}
+
+
 def feeds(names: list[str], example: Example) -> dict[str, np.ndarray]:
     """The tensors of a call, in the order of the file's inputs."""
     kwargs = example[1]

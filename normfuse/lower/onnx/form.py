@@ -9,9 +9,10 @@ from torch import fx
 
 from normfuse.lower.onnx import operators, simplify
 from normfuse.lower.onnx.attention import lower_attention
+from normfuse.lower.onnx.attention_bias import drop_attention_biases
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.linear import lower_linear, unflatten_products
-from normfuse.lower.onnx.masks import recognise_causal
+from normfuse.lower.onnx.masks import recognise_masks
 from normfuse.lower.onnx.rows import gather_rows
 from normfuse.lower.onnx.tensors import constant
 from normfuse.node import argument, aten, dtype, is_op, rank, value
@@ -29,8 +30,10 @@ def onnx_form(program: Program, choice: Choice) -> Program:
         if (same := simplify.zero_pad(node, edit)) is not None:
             edit.replace(node, same)
     unflatten_products(form, edit)
-    recognise_causal(form, edit)
+    recognise_masks(form, edit)
     lower_attention(form, edit, choice)
+    if count := drop_attention_biases(form, edit):
+        choice.decisions.append(f"{count} biases of keys and values dropped or moved behind the attention")
     lower_linear(form, edit)
     gather_rows(form, edit)
     for node in list(form.graph.nodes):
@@ -42,6 +45,9 @@ def onnx_form(program: Program, choice: Choice) -> Program:
                 new = decompose(node, edit)
             if new is not None:
                 edit.replace(node, new)
+    for node in list(form.graph.nodes):
+        if (total := simplify.residual(node, edit)) is not None:
+            edit.replace(node, total)
     _name_outputs(form, edit)
     form.drop_dead()
     check_structure(form, after="lowering to ONNX")

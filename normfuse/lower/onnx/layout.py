@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.node import aten, expression, is_getitem, is_op, rank, shape, value
+from normfuse.node import aten, expression, is_getitem, is_op, rank, same_size, shape, value
 
 _LAYOUT = (
     aten.view, aten.reshape, aten._unsafe_view, aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.flatten,
@@ -60,6 +60,8 @@ def heads_of(node: fx.Node) -> Heads | None:
     heads, width = shape(node)[1], shape(node)[3]
     if not isinstance(heads, int) or not isinstance(width, int):
         return None
+    if not same_size(shape(node)[0], shape(root)[0]) or not same_size(shape(node)[2], shape(root)[1]):
+        return None
     offsets = {_offset(root, chain, primes) for primes in (_PRIMES, _PRIMES[2:])}
     offset = offsets.pop() if len(offsets) == 1 else None
     return None if offset is None else Heads(root, offset, heads, width)
@@ -72,7 +74,7 @@ def _offset(root: fx.Node, chain: Sequence[fx.Node], primes: Sequence[int]) -> i
     exact = [concrete(s, sizes) for s in shape(root)]
     numbered = torch.arange(math.prod(exact)).reshape(exact)
     found = _through(chain, root, numbered, sizes)
-    if found is None or found.dim() != 4:
+    if found is None or found.dim() != 4 or not found.numel():
         return None
     offset = int(found.flatten()[0])
     channels = found.shape[1] * found.shape[3]
@@ -91,7 +93,11 @@ def merged_heads(node: fx.Node) -> fx.Node | None:
         if not is_layout(current):
             return None
         chain.append(current)
-        if rank(current) == 3 and all(_is_merged(node, chain, primes) for primes in (_PRIMES, _PRIMES[2:])):
+        if (
+            rank(current) == 3
+            and same_size(shape(current)[1], shape(node)[2])
+            and all(_is_merged(node, chain, primes) for primes in (_PRIMES, _PRIMES[2:]))
+        ):
             return current
     return None
 

@@ -1,54 +1,68 @@
-"""Masks that depend on sizes alone, and are the causal triangle however they are written."""
+"""Masks that depend on sizes alone: open to everything, or the causal triangle, however they are written."""
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.lower.onnx.layout import concrete
-from normfuse.node import argument, aten, expression, is_op, rank, same_size, shape, value
+from normfuse.node import argument, aten, expression, is_op, same_size, shape, value
 from normfuse.program import Program
 from normfuse.rewrite import Editor
 
 _LARGEST = 2048
 
 
-def recognise_causal(program: Program, edit: Editor) -> None:
-    """scaled_dot_product_attention(..., attn_mask=<the triangle>) -> is_causal=True, proved by evaluating the mask."""
-    known: dict[fx.Node, bool] = {}
+def recognise_masks(program: Program, edit: Editor) -> None:
+    """A mask that lets everything through is none; the triangle is is_causal=True: both proved by evaluating the mask."""
+    known: dict[fx.Node, str] = {}
     for node in list(program.graph.nodes):
-        if not is_op(node, aten.scaled_dot_product_attention):
+        mask = argument(node, "attn_mask") if is_op(node, aten.scaled_dot_product_attention) else None
+        if mask is None or argument(node, "is_causal"):
             continue
-        mask = argument(node, "attn_mask")
-        if mask is None or argument(node, "is_causal") or not same_size(shape(node.args[0])[-2], shape(node.args[1])[-2]):  # type: ignore[arg-type]
-            continue
+        rows, columns = (shape(argument(node, name))[-2] for name in ("query", "key"))
         if mask not in known:
-            known[mask] = _is_causal(program, mask, expression(shape(node.args[0])[-2]))  # type: ignore[arg-type]
-        if known[mask]:
+            known[mask] = _kind(program, mask, expression(rows))
+        if known[mask] == "open" or (known[mask] == "triangle" and same_size(rows, columns)):
             with edit.at(node):
-                edit.replace(node, edit.rebuild(node, attn_mask=None, is_causal=True))
+                edit.replace(node, edit.rebuild(node, attn_mask=None, is_causal=known[mask] == "triangle"))
 
 
-def _is_causal(program: Program, mask: fx.Node, length: Any) -> bool:
+def _kind(program: Program, mask: fx.Node, length: Any) -> str:
     """Evaluate at several lengths: past every literal of the mask's own, where a window would show, and to tables' ends."""
     nodes = _cone(mask)
-    if nodes is None or rank(mask) < 2 or value(mask).dtype != torch.bool:
-        return False
-    lengths = [2, 5, *(past + 3 for n in nodes for past in _literals(n)), *(s for n in nodes for s in _table(program, n))]
-    if isinstance(length, int):
-        lengths, own = [length], frozenset[Any]()
-    else:
-        own = frozenset([length])
-    if max(lengths) > _LARGEST or not (isinstance(length, int) or length.is_Symbol):
-        return False
+    if nodes is None or value(mask).dtype != torch.bool:
+        return ""
+    ends = [
+        2,
+        5,
+        *(past + 3 for n in nodes for past in _literals(program, n)),
+        *(s for n in nodes for s in _table(program, n)),
+    ]
+    ends = sorted({n for n in ends if n > 1})
+    if max(ends) > _LARGEST or not (isinstance(length, int) or length.is_Symbol):
+        return ""
     free = {s for n in nodes for s in _symbols(n)}
-    for size in sorted({n for n in lengths if n > 0}):
-        numbers = {symbol: size if symbol in own else 2 for symbol in free}
-        if not _is_triangle(_evaluate(program, nodes, mask, numbers), size):
-            return False
-    return True
+    own = [length] if isinstance(length, int) else ends
+    others = [(2, 3), ends] if free - {length} else [(2,), ()]
+    tried = [(size, other) for size in own for other in others[0]] + [(own[0], other) for other in others[1]]
+    found = {
+        _told(_evaluate(program, nodes, mask, {symbol: size if symbol == length else other for symbol in free}), size)
+        for size, other in tried
+    }
+    return found.pop() if len(found) == 1 else ""
+
+
+def _told(mask: Tensor | None, length: int) -> str:
+    if mask is None:
+        return ""
+    if bool(mask.all()):
+        return "open"
+    square = mask.shape[-2:] == (length, length)
+    return "triangle" if square and bool((mask == torch.ones(length, length, dtype=torch.bool).tril()).all()) else ""
 
 
 def _table(program: Program, node: fx.Node) -> list[int]:
@@ -77,8 +91,14 @@ def _symbols(node: fx.Node) -> set[Any]:
     return {s for size in sizes for s in getattr(expression(size), "free_symbols", ())}
 
 
-def _literals(node: fx.Node) -> list[int]:
-    return [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, int) and not isinstance(a, bool) and a < 2**31]
+def _literals(program: Program, node: fx.Node) -> list[int]:
+    """Numbers that a place could be compared with."""
+    if node.op == "get_attr":
+        tensor = program.tensors[str(node.target)]
+        given = [tensor.item()] if tensor.numel() == 1 and tensor.dtype != torch.bool else []
+    else:
+        given = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, int | float) and not isinstance(a, bool)]
+    return [ceil(abs(a)) for a in given if abs(a) < 2**31]
 
 
 def _evaluate(program: Program, nodes: list[fx.Node], mask: fx.Node, numbers: dict[Any, int]) -> Tensor | None:
@@ -95,9 +115,3 @@ def _evaluate(program: Program, nodes: list[fx.Node], mask: fx.Node, numbers: di
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     return env[mask]  # type: ignore[no-any-return]
-
-
-def _is_triangle(mask: Tensor | None, length: int) -> bool:
-    if mask is None or mask.shape[-2:] != (length, length):
-        return False
-    return bool((mask == torch.ones(length, length, dtype=torch.bool).tril()).all())

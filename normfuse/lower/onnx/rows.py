@@ -88,10 +88,10 @@ def _is_rows(root: fx.Node) -> bool:
 
 
 def _windows(root: fx.Node) -> int:
-    """How many entries of the first axis belong to one sample; 0 if that cannot be said."""
+    """How many entries of the first axis belong to one sample; 0 if that cannot be said. What is fixed is one sample."""
     first = expression(shape(root)[0])
     if isinstance(first, int):
-        return 1
+        return first
     symbols = list(first.free_symbols)
     per_sample = first / symbols[0] if len(symbols) == 1 else None
     return int(per_sample) if per_sample is not None and per_sample.is_Integer else 0
@@ -105,7 +105,7 @@ def _index(root: fx.Node, region: Sequence[fx.Node], node: fx.Node) -> Tensor | 
     """For each row of the result the row of the root that it is, the same for every sample; None if rows are torn."""
     first = expression(shape(root)[0])
     if isinstance(first, int):
-        return _rows(root, region, node, {}, first)
+        return _rows(root, region, node, {}, 1)
     (symbol,) = first.free_symbols
     two, three = (_rows(root, region, node, {symbol: count}, count) for count in (2, 3))
     return two if two is not None and three is not None and torch.equal(two, three) else None

@@ -36,7 +36,11 @@ def translations(opset: int) -> Table:
     def reshape(x: Any, sizes: list[int]) -> Any:
         return op.Reshape(x, op.Constant(value_ints=sizes))
 
+    def total(x: Any, y: Any) -> Any:
+        return op.Sum(x, y)
+
     return {
+        operators.SUM.default: total,
         operators.RESHAPE.default: reshape,
         operators.LAYER_NORM.default: layer_norm,
         operators.RMS_NORM.default: rms_norm,
