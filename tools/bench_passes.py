@@ -1,6 +1,7 @@
 """How the time of raising and of the passes grows with depth, and the peak memory of one whole optimization.
 
 python tools/bench_passes.py                # 12, 24 and 48 layers of a narrow GPT-2
+python tools/bench_passes.py --raise        # raising alone: GPT-2, Llama and Gemma 3 of 12, 48 and 96 layers
 python tools/bench_passes.py --memory       # GPT-2 of 124M parameters: seconds by stage, peak memory
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import statistics
 import sys
 import threading
@@ -21,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import normfuse
+from normfuse.capture import capture
+from normfuse.pipeline import Pipeline
 
 ROUNDS = 5
 DEPTHS = (12, 24, 48)
@@ -57,6 +61,39 @@ def depths(console: Console) -> None:
         first = first or found
         ratios = [f"{found[stage] / first[stage]:.2f}" for stage in ("raise", "passes")]
         table.add_row(str(layers), *(f"{value:.3f}" for value in found.values()), *ratios)
+    console.print(table)
+
+
+def raised(name: str, layers: int) -> tuple[int, float]:
+    """(nodes, seconds of the processor): the least of several rounds, capture left out."""
+    transformers: Any = importlib.import_module("transformers")
+    narrow = {
+        "num_hidden_layers": layers, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 128,
+    }  # fmt: skip
+    build: dict[str, Callable[[], torch.nn.Module]] = {
+        "gpt2": lambda: gpt2(layers, 64, 4, 128),
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**narrow)),
+        "gemma3": lambda: transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**narrow, head_dim=16)),
+    }
+    captured = capture(build[name]().eval(), (torch.randint(0, 128, (1, 16)),), {"use_cache": False})
+    least = float("inf")
+    for _ in range(ROUNDS):
+        started = time.process_time()
+        Pipeline(captured, (), named=False).raise_()
+        least = min(least, time.process_time() - started)
+    return len(captured.graph.nodes), least
+
+
+def raising(console: Console) -> None:
+    table = Table("model", "layers", "nodes", "raise s", "us a node", "times 12 layers", "nodes, times 12 layers")
+    for name in ("gpt2", "llama", "gemma3"):
+        first: tuple[int, float] | None = None
+        for layers in (12, 48, 96):
+            nodes, least = raised(name, layers)
+            first = first or (nodes, least)
+            each = f"{1e6 * least / nodes:.0f}"
+            ratios = (f"{least / first[1]:.2f}", f"{nodes / first[0]:.2f}")
+            table.add_row(name, str(layers), str(nodes), f"{least:.3f}", each, *ratios)
     console.print(table)
 
 
@@ -104,13 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory", action="store_true", help="seconds and peak memory of GPT-2 124M instead of depths")
     parser.add_argument("--tokens", type=int, default=32, help="length of the example: verification holds its logits")
+    parser.add_argument("--raise", action="store_true", dest="raising", help="raising alone, of three models")
     given = parser.parse_args()
     console = Console()
     console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version.split()[0]}")
     if given.memory:
         memory(console, given.tokens)
     else:
-        depths(console)
+        (raising if given.raising else depths)(console)
 
 
 if __name__ == "__main__":

@@ -79,10 +79,7 @@ def _in_place(
                 if len(places) > 2:
                     return None
                 sizes[place] = edit.call(operator.floordiv, width, known) if not isinstance(width, int) else width // known
-        final.append(width if len(places) > 1 else shape(x.node)[places[0]])
-    if sum(not isinstance(f, int | Value) for f in final) > 1:
-        return None
-    final = [-1 if isinstance(f, torch.SymInt) else f for f in final]
+        final.append(width if len(places) > 1 else _size(x, places[0], edit))
     return edit.call(aten.expand.default, x, sizes).reshape(*final)
 
 
