@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from normfuse.errors import CaptureError, InputError, LoweringError, NormfuseError, PassError, VerificationError
 
 if TYPE_CHECKING:
-    from normfuse.api import explain, export_onnx, inspect, load, optimize, optimize_, replay, verify
+    from normfuse.adapters import Adapter
+    from normfuse.api import carry_adapters, explain, export_onnx, inspect, load, optimize, optimize_, replay, verify
     from normfuse.inventory import Inventory, Pattern
     from normfuse.optimized import Optimized
     from normfuse.report import Report
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Adapter": "adapters", "carry_adapters": "api",
     "explain": "api", "export_onnx": "api", "inspect": "api", "load": "api", "optimize": "api",
     "optimize_": "api", "replay": "api", "verify": "api", "Optimized": "optimized", "Report": "report",
     "Refusal": "rewrite.record", "RewriteRecord": "rewrite.record", "Inventory": "inventory", "Pattern": "inventory",
@@ -31,9 +33,9 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "CaptureError", "InputError", "Inventory", "LoweringError", "NormfuseError", "Optimized", "PassError", "Pattern",
-    "Refusal", "Report", "RewriteRecord", "Verification", "VerificationError", "explain", "export_onnx", "inspect", "load",
-    "optimize", "optimize_", "replay", "verify",
+    "Adapter", "CaptureError", "InputError", "Inventory", "LoweringError", "NormfuseError", "Optimized", "PassError",
+    "Pattern", "Refusal", "Report", "RewriteRecord", "Verification", "VerificationError", "carry_adapters", "explain",
+    "export_onnx", "inspect", "load", "optimize", "optimize_", "replay", "verify",
 ]  # fmt: skip
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from normfuse.adapters import Adapter
 from normfuse.archive import load_exported, signature_of
 from normfuse.bake import WeightProgram
 from normfuse.capture import CAUTIONS, capture
@@ -347,3 +348,16 @@ def replay(weights: Mapping[str, WeightProgram], state_dict: Mapping[str, torch.
     from normfuse.bake import replay as run
 
     return run(weights, state_dict)
+
+
+def carry_adapters(
+    weights: Mapping[str, WeightProgram], state_dict: Mapping[str, torch.Tensor], adapters: Mapping[str, Adapter]
+) -> dict[str, Adapter | torch.Tensor]:
+    """LoRA adapters trained before `optimize`, for the parameters after it: an `Adapter` each, a difference for a vector.
+
+    `weights` is `optimized.report.weights`, `state_dict` the checkpoint they were trained on, `adapters` by parameter.
+    Raises `NormfuseError` where a new parameter is no linear function of an adapted one.
+    """
+    from normfuse.adapters import carry
+
+    return carry(weights, state_dict, adapters)

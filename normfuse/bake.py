@@ -49,9 +49,9 @@ def bake(program: Program, tick: Tick | None = None) -> tuple[Program, dict[str,
     taken = {name for origin in program.origins.values() for name in origin.names} | set(program.tensors)
     with torch.no_grad(), default_float64():
         for node in [n for n in frontier(baked) if _asked_for(n)]:
-            sources = sources_of(node)
-            name = _mint(sources[0] if sources else node.name, taken)
             source = originals[node.name]
+            sources = sources_of(source)  # there, too: in the copy, a weight that it reads may be baked already
+            name = _mint(sources[0] if sources else node.name, taken)
             tensor = _evaluate(weights, source)
             ledger[name] = WeightProgram(name, sources, tensor.dtype, program, source)
             _install(baked, node, name, tensor, _origin(baked, name, sources))
@@ -158,10 +158,11 @@ def replay(ledger: Mapping[str, WeightProgram], state_dict: Mapping[str, Tensor]
     `ledger` is `report.weights`; `state_dict` maps the model's own qualified names to tensors (tied names may stand for
     each other). Raises `NormfuseError` naming the first tensor that is missing or has another shape.
     """
-    return {name: program.evaluate(_lookup(program, state_dict)) for name, program in ledger.items()}
+    return {name: program.evaluate(checkpoint_tensors(program, state_dict)) for name, program in ledger.items()}
 
 
-def _lookup(weight: WeightProgram, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def checkpoint_tensors(weight: WeightProgram, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the weight is computed from, out of a checkpoint that must have it in the same shapes."""
     found: dict[str, Tensor] = {}
     for source in weight.sources:
         origin = weight.program.origins[source]
