@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from normfuse.analysis.constants import frontier
 from normfuse.errors import NormfuseError
 from normfuse.evaluate import Weights, default_float64
+from normfuse.ledger import check_checkpoint, check_weight
 from normfuse.node import shape, value
 from normfuse.program import Origin, Program
 
@@ -156,9 +157,18 @@ def replay(ledger: Mapping[str, WeightProgram], state_dict: Mapping[str, Tensor]
     """The new parameters for another checkpoint of the same model.
 
     `ledger` is `report.weights`; `state_dict` maps the model's own qualified names to tensors (tied names may stand for
-    each other). Raises `NormfuseError` naming the first tensor that is missing or has another shape.
+    each other). Raises `NormfuseError` naming the first tensor that is missing, has another shape, or has values that
+    the rewrites do not hold for.
     """
-    return {name: program.evaluate(checkpoint_tensors(program, state_dict)) for name, program in ledger.items()}
+    for program in {id(weight.program): weight.program for weight in ledger.values()}.values():
+        check_checkpoint(program, state_dict)
+    return {name: _replayed(weight, checkpoint_tensors(weight, state_dict)) for name, weight in ledger.items()}
+
+
+def _replayed(weight: WeightProgram, tensors: dict[str, Tensor]) -> Tensor:
+    found = weight.evaluate(tensors)
+    check_weight(weight.name, found, tensors)
+    return found
 
 
 def checkpoint_tensors(weight: WeightProgram, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from normfuse.analysis.zero_mean import mark_zero_mean
 from normfuse.bake import WeightProgram, bake
 from normfuse.errors import PassError, VerificationError
 from normfuse.evaluate import give_back, run_float64
+from normfuse.ledger import settled_buffers
 from normfuse.program import Program
 from normfuse.progress import say
 from normfuse.raise_ import RULES
@@ -103,6 +104,7 @@ class Pipeline:
             with self.timed("verify"):
                 problem, error64 = self._check64(unbaked, trials)
             if not problem:
+                unbaked.settled = settled_buffers(self.captured, unbaked)
                 with self.timed("bake"):
                     baked, ledger = bake(unbaked, lambda name: say(f"bake {name}"))
                 with self.timed("verify"):

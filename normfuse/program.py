@@ -174,6 +174,8 @@ class Program:
     signature: Signature
     fake_mode: Any
     notes: tuple[str, ...] = ()
+    settled: Mapping[str, Tensor] = field(default_factory=dict)
+    """Buffers whose values decided about the rewrites, so that another checkpoint must have the same."""
 
     def copy(self) -> Program:
         """The same program over new nodes; node names and metadata are kept."""
