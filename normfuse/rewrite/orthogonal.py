@@ -1,4 +1,4 @@
-"""Orthogonal matrices: Hadamard of every size that Sylvester, Paley and Kronecker give, random ones, and the test."""
+"""Orthogonal matrices: Hadamard of every size up to 256, and of most others; random ones, and the test."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from normfuse.rewrite.circulants import four_circulants
+
 
 @lru_cache(maxsize=32)
 def hadamard(n: int) -> Tensor | None:
     """An n x n matrix H of +1 and -1 (int8) with H H^T = n I, or None where no construction here reaches n.
 
-    Sylvester 1867 (doubling), Paley 1933 (both kinds, over every finite field), and their Kronecker products.
+    Sylvester 1867 (doubling), Paley 1933 (both kinds, over every finite field), four circulants of 23, 29, 39, 43, 47
+    and 59, and the Kronecker products of all these.
     """
     if n in (1, 2):
         return torch.tensor([[1, 1], [1, -1]], dtype=torch.int8)[:n, :n].clone()
     if n < 4 or n % 4:
         return None
-    for build in (_product, _paley_first, _paley_second):
+    for build in (_product, _paley_first, _paley_second, four_circulants):
         found = build(n)
         if found is not None:
             return found
