@@ -30,6 +30,7 @@ from normfuse.rewrite import Editor, Exactness, Transform, Value
 from normfuse.rewrite.calibration import principal_axes
 from normfuse.rewrite.channels import map_writer, times
 from normfuse.rewrite.heads import map_value_heads
+from normfuse.rewrite.online import turn_online
 from normfuse.rewrite.orthogonal import hadamard_rotation, is_orthogonal, random_orthogonal
 
 Make = Callable[[Program, Stream | None, int], Tensor | str]
@@ -38,13 +39,14 @@ KINDS = ("hadamard", "random", "klt", "klt_hadamard")
 
 def configured(
     *, kind: str = "hadamard", matrix: Tensor | None = None, seed: int = 0, calibration: Iterable[Any] | None = None,
-    stream: bool = True, heads: bool = True,
+    stream: bool = True, heads: bool = True, online: bool = False,
 ) -> Transform:  # fmt: skip
     """The pass with options, for `optimize(passes=[...])` in the place of its name.
 
     `kind`: a Hadamard matrix with random signs, a random orthogonal matrix, the eigenvectors of the stream's covariance
     over `calibration` (example inputs), or those times a Hadamard matrix. `matrix`: this one instead, for streams.
     `stream`, `heads`: rotate the residual stream (R1), and each attention's value heads (R2; Hadamard or random).
+    `online`: at run time, queries and keys (R3) and what a projection reads of a gate or nonlinearity (R4).
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
@@ -69,6 +71,8 @@ def configured(
             _rotate_streams(program, facts, edit, make)
         if heads:
             _rotate_heads(program, facts, edit, make)
+        if online:
+            turn_online(program, edit, facts(weight_only), lambda width: make(program, None, width))
 
     return Transform("rotate_residual", exactness=Exactness.ALGEBRAIC, on_request=True, run=run)
 
@@ -107,8 +111,7 @@ def _blocker(found: Stream, facts: Facts) -> str | None:
             return "a tensor of the stream is an output of the model"
         if _projection(reader, facts) is None:
             return f"the stream is also read by {where}, which a rotation does not pass"
-    reasons = (facts(writers).why_not(writer) for writer in found.writers)
-    return next((why for why in reasons if why), None)
+    return next((why for writer in found.writers if (why := facts(writers).why_not(writer))), None)
 
 
 def _projection(reader: Reader, facts: Facts) -> Projection | None:

@@ -38,6 +38,7 @@ def folded(model: nn.Module, x: torch.Tensor) -> normfuse.Optimized:
     result = optimized(model, x, passes=[NAME])
     assert result.report.fired == {NAME: 1}
     assert "batch_norm" not in operators(result)
+    assert result.report.verification and result.report.verification.error_float64 <= 1e-12
     return result
 
 
@@ -63,7 +64,8 @@ def test_padding_and_dilation(mode: str, dilation: int) -> None:
 def test_transposed_convolutions(dims: int, groups: int) -> None:
     """In and out channels alike, so that a scale along the wrong axis would have the right shape."""
     conv = TRANSPOSED[dims](8, 8, 3, stride=2, output_padding=1, groups=groups)
-    folded(pair(conv, NORMS[dims](8)), image(2, 8, *[4] * dims))
+    result = folded(pair(conv, NORMS[dims](8)), image(2, 8, *[4] * dims))
+    assert any(t.shape == conv.weight.shape for t in result.tensors().values())
 
 
 def test_transposed_convolution_with_fewer_outputs() -> None:

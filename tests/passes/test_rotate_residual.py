@@ -19,7 +19,7 @@ from normfuse.passes import rotate_residual
 from normfuse.program import Program
 from normfuse.rewrite import Rule
 from normfuse.rewrite.calibration import observe
-from normfuse.rewrite.orthogonal import hadamard, random_orthogonal
+from normfuse.rewrite.orthogonal import hadamard, hadamard_rotation, random_orthogonal
 
 BEFORE = ["layer_norm_to_rms_norm", "fold_norm_affine"]
 
@@ -165,6 +165,24 @@ def _correlation(program: Program, examples: list[Any]) -> float:
     rows = torch.cat([x.flatten(0, -2) for x in streams(program, examples)])
     moments = rows.T @ rows
     return float((moments - moments.diag().diag()).norm() / moments.norm())
+
+
+def test_what_no_weight_can_take_is_turned_online() -> None:
+    """Queries and keys behind RoPE (R3), and what the gate writes for the projection back (R4)."""
+    rule = rotate_residual.configured(stream=False, heads=False, online=True)
+    model, args = llama.build("small").double(), llama.example("small")[0]
+    result = normfuse.optimize(model, args, passes=[rule])
+    assert result.report.fired == {"rotate_residual": 4}
+    assert sum(is_op(n, aten.matmul) for n in result.program.graph.nodes) == 2 * (2 + 1)
+    assert result.report.verification and result.report.verification.error_float64 <= 1e-10
+    again = normfuse.optimize(result, args, passes=[rule])
+    assert not again.report.fired
+    with torch.no_grad():  # the control: weights of the projection turned, what it reads as it was
+        before = model(*args)
+        for name, parameter in model.named_parameters():
+            if name.endswith("down.weight"):
+                parameter.copy_(parameter @ hadamard_rotation(parameter.shape[1], 0))
+        assert float((model(*args) - before).abs().max() / before.abs().max()) >= 1e-1
 
 
 def test_in_place() -> None:
