@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import normfuse
 from normfuse import models
 from normfuse.passes import TABLE
+from normfuse.pipeline import select
 from tests.passes.checking import assert_same, images, ops, randomized
 
 EXACT = 1e-10
@@ -103,6 +104,15 @@ def test_the_order_of_the_names_does_not_matter(name: str) -> None:
         assert_same(optimized, EXACT)
     assert first.report.fired == second.report.fired
     assert str(first.graph_module.graph) == str(second.graph_module.graph)
+
+
+def test_every_order_of_the_names_selects_the_same_rules_in_the_same_order() -> None:
+    """What runs is then the same for every model, those above and any other."""
+    names = [rule.name for rule in TABLE]
+    for seed in range(20):
+        source = random.Random(seed)
+        some = source.sample(names, source.randint(1, len(names)))
+        assert select(TABLE, some) == tuple(rule for rule in TABLE if rule.name in some)
 
 
 def test_what_meets_composes() -> None:

@@ -219,6 +219,22 @@ def test_timm_models_have_one_convolution_per_block(name: str, blocks: int) -> N
     assert_same(optimized, 1e-10)
 
 
+@pytest.mark.slow
+def test_fastvit_has_one_convolution_per_branched_block() -> None:
+    """Stem 3, four in each of ten blocks (mixer, 7x7, two 1x1), two in each of three downsamplings, head 1, its gate 2."""
+    import normfuse
+    from tests.zoo.entry import randomise, seeded
+    from tests.zoo.torchvision_stub import import_timm
+
+    example = (images(3, 64, 64),)
+    with seeded("fastvit_t8"):
+        model = randomise(import_timm().create_model("fastvit_t8").eval(), (example, {}))
+    optimized = normfuse.optimize(model, example, dynamic_shapes=None)
+    assert ops(optimized)["conv2d"] == 3 + 10 * 4 + 3 * 2 + 1 + 2
+    assert not ops(optimized)["batch_norm"]
+    assert_same(optimized, 1e-10)
+
+
 def test_a_norm_read_twice_behind_a_convolution_merges_backward() -> None:
     """RepBN(conv(x)) = BN(y) + 0.7 y: W' = a W, b' = a b + c, with 0.7 b in it."""
 
