@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, InputSpec, OutputKind
+from torch.export.graph_signature import InputKind, InputSpec
 
 from normfuse.analysis.constants import constants
+from normfuse.effects import own_outputs, refuse_side_effects
 from normfuse.errors import CaptureError
 from normfuse.node import argument, arguments, aten, dtype, expression, is_getitem, is_op, source_line, value
 from normfuse.ops import RMS_NORM
@@ -28,7 +29,7 @@ def from_exported(exported: ExportedProgram) -> Program:
     """The canonical program of an ExportedProgram. Raises `CaptureError` for what inference cannot keep."""
     if _needs_functionalization(exported.graph_module):
         exported = exported.run_decompositions({})
-    _refuse_side_effects(exported)
+    refuse_side_effects(exported)
     program = _Builder(exported).build()
     _simplify(program)
     program.drop_dead()
@@ -107,17 +108,6 @@ def _functional(node: fx.Node) -> Any:
     if twin is None or len(twin._schema.arguments) != len(node.target._schema.arguments):  # type: ignore[union-attr]
         return None
     return twin
-
-
-def _refuse_side_effects(exported: ExportedProgram) -> None:
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind is OutputKind.BUFFER_MUTATION:
-            raise CaptureError(
-                f"the model writes to its buffer {spec.target!r} when called: an optimized model keeps no state; "
-                "call model.eval(), or pass that state as an input"
-            )
-        if spec.kind is OutputKind.USER_INPUT_MUTATION:
-            raise CaptureError(f"the model writes to its input {spec.target!r}: clone it in forward() first")
 
 
 # -- building -----------------------------------------------------------------------------------------------------
@@ -201,7 +191,7 @@ class _Builder:
             elif node.op == "output":
                 result = fx.map_arg(node.args[0], self._resolve)
                 if module is self.exported.graph_module:
-                    self.graph.output(tuple(result))
+                    self.graph.output(own_outputs(self.exported, tuple(result)))
                 return result
             elif _name(node) in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
                 self.env[node] = self._inline(module, node)

@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
+import torch
 from torch import fx
 
 from normfuse.lower.onnx import operators
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.layout import Heads, heads_of, is_layout, merged_heads
 from normfuse.lower.onnx.tensors import constant
-from normfuse.node import argument, aten, is_op, rank, same_size, shape
+from normfuse.node import argument, aten, dtype, is_op, rank, same_size, shape
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Value
 
 
 def lower_attention(program: Program, edit: Editor, choice: Choice) -> None:
     """Every scaled_dot_product_attention becomes the Attention operator of opset 23."""
-    if choice.opset < 23:
-        return
     for node in list(program.graph.nodes):
-        if is_op(node, aten.scaled_dot_product_attention) and (counts := _counts(node)) is not None:
-            with edit.at(node):
+        if not is_op(node, aten.scaled_dot_product_attention):
+            continue
+        counts = _counts(node) if choice.opset >= 23 else None
+        with edit.at(node):
+            if counts is not None:
                 _lower(node, edit, counts)
+            elif rank(node) != 4 and not argument(node, "dropout_p") and not argument(node, "enable_gqa"):
+                edit.replace(node, _in_pieces(node, edit))
 
 
 def _inputs(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -59,6 +63,24 @@ def _lower(node: fx.Node, edit: Editor, counts: tuple[int, int]) -> None:
         return
     heads = edit.call(aten.unflatten.int, result, 2, [counts[0], shape(v)[3]])
     edit.replace(node, heads.transpose(1, 2))
+
+
+def _in_pieces(node: fx.Node, edit: Editor) -> Value:
+    """Products and a softmax, for ranks that neither ONNX nor torch's exporter has an operator for."""
+    q, k, v = _inputs(node)
+    scale, mask = argument(node, "scale"), argument(node, "attn_mask")
+    scores = edit.value(q) @ edit.value(k).transpose(-2, -1) * (shape(q)[-1] ** -0.5 if scale is None else scale)
+    if argument(node, "is_causal"):
+        sizes = [edit.call(aten.sym_size.int, t, -2) for t in (q, k)]
+        mask = edit.call(aten.tril.default, edit.call(aten.ones.default, sizes, dtype=torch.bool)).node
+    if mask is None:
+        return edit.call(aten.softmax.int, scores, -1) @ edit.value(v)
+    if dtype(mask) == torch.bool:
+        closed = edit.call(aten.logical_not.default, mask)
+        scores = edit.call(aten.masked_fill.Scalar, scores, closed, float("-inf"))
+    else:
+        scores = scores + edit.value(mask)
+    return edit.call(aten._safe_softmax.default, scores, -1) @ edit.value(v)
 
 
 def _call(node: fx.Node, edit: Editor, inputs: Sequence[Any], counts: tuple[int, int]) -> Value:

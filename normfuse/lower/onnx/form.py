@@ -11,6 +11,7 @@ from normfuse.lower.onnx import operators, simplify
 from normfuse.lower.onnx.attention import lower_attention
 from normfuse.lower.onnx.attention_bias import drop_attention_biases
 from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.experts import lower_experts
 from normfuse.lower.onnx.linear import lower_linear, unflatten_products
 from normfuse.lower.onnx.masks import recognise_masks
 from normfuse.lower.onnx.rows import gather_rows
@@ -27,8 +28,10 @@ def onnx_form(program: Program, choice: Choice) -> Program:
     form = program.copy()
     edit = Editor(form, "lower_onnx", Log())
     for node in list(form.graph.nodes):
-        if (same := simplify.zero_pad(node, edit)) is not None:
+        same = simplify.zero_pad(node, edit) or simplify.fourier(node, edit) or simplify.part(node, edit)
+        if same is not None:
             edit.replace(node, same)
+    lower_experts(form, edit)
     unflatten_products(form, edit)
     recognise_masks(form, edit)
     lower_attention(form, edit, choice)

@@ -103,3 +103,29 @@ def _sum(x: Tensor, y: Tensor) -> Tensor:
 
 SUM = _define("sum(Tensor x, Tensor y) -> Tensor", _sum, _like_first)
 """Add of two tensors of one shape, by the name that no matcher looks for."""
+
+
+def _grouped_mm(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
+    y, start = _grouped_mm_fake(x, weights, ends).zero_(), 0
+    for weight, end in zip(weights, ends.tolist(), strict=True):
+        y[start:end], start = x[start:end] @ weight, end
+    return y
+
+
+def _grouped_mm_fake(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weights[0].shape[1]))
+
+
+GROUPED_MM = _define("grouped_mm(Tensor x, Tensor[] weights, Tensor ends) -> Tensor", _grouped_mm, _grouped_mm_fake)
+"""Rows sorted by expert, each times its expert's matrix; `ends` is where the rows of each expert end."""
+
+
+def _fourier(x: Tensor, axes: list[int], imaginary: bool) -> Tensor:
+    y = torch.fft.fftn(x.double(), dim=axes)
+    return (y.imag if imaginary else y.real).to(x.dtype)
+
+
+FOURIER = _define(
+    "fourier(Tensor x, int[] axes, bool imaginary) -> Tensor", _fourier, lambda x, axes, imaginary: torch.empty_like(x)
+)
+"""One part of the discrete Fourier transform over these axes, computed in float64."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import operator
+
+import torch
 from torch import fx
 
 from normfuse.lower.onnx import operators
-from normfuse.node import Dim, argument, aten, dtype, is_one, is_op, rank, same_size, shape
+from normfuse.node import Dim, argument, aten, dtype, is_getitem, is_one, is_op, rank, same_size, shape
 from normfuse.rewrite import Editor, Value
 
 
@@ -70,3 +73,40 @@ def residual(node: fx.Node, edit: Editor) -> Value | None:
         return None
     with edit.at(node):
         return edit.call(operators.SUM.default, x, y)
+
+
+def fourier(node: fx.Node, edit: Editor) -> Value | None:
+    """The real or imaginary part of a Fourier transform, in float64: runtimes compute theirs less exactly than torch."""
+    if not is_op(node, aten.real, aten.imag) or dtype(node) != torch.float32:
+        return None
+    transform = node.args[0]
+    if not is_op(transform, aten.fft_fft, aten.fft_fft2, aten.fft_fftn):
+        return None
+    assert isinstance(transform, fx.Node)
+    x, axes, length = (argument(transform, name) for name in ("self", "dim", "n" if is_op(transform, aten.fft_fft) else "s"))
+    if length is not None or argument(transform, "norm") not in (None, "backward") or dtype(x) != torch.float32:
+        return None
+    axes = list(range(rank(x))) if axes is None else [axes] if isinstance(axes, int) else list(axes)
+    with edit.at(node):
+        return edit.call(operators.FOURIER.default, x, [a % rank(x) for a in axes], is_op(node, aten.imag))
+
+
+def part(node: fx.Node, edit: Editor) -> Value | None:
+    """One of the parts of a split into sizes that are not known is a slice: the exporter would make a sequence of all."""
+    if not is_getitem(node) or not is_op(node.args[0], aten.split, aten.chunk):
+        return None
+    whole, place = node.args[0], node.args[1]
+    assert isinstance(whole, fx.Node) and isinstance(place, int)
+    x, axis, count = argument(whole, "self"), argument(whole, "dim"), whole.args[1]
+    if place < 0 or isinstance(shape(node)[axis], int) or (is_op(whole, aten.split) and not isinstance(count, fx.Node)):
+        return None
+    with edit.at(node):
+        size = edit.value(count) if isinstance(count, fx.Node) else _rounded_up(edit, x, axis, count)  # type: ignore[arg-type]
+        first = edit.call(operator.mul, size, place)
+        return edit.call(aten.slice.Tensor, x, axis, first, edit.call(operator.add, first, size))
+
+
+def _rounded_up(edit: Editor, x: fx.Node, axis: int, count: int) -> Value:
+    """The size of all chunks but the last."""
+    more = edit.call(operator.add, edit.call(aten.sym_size.int, x, axis), count - 1)
+    return edit.call(operator.floordiv, more, count)

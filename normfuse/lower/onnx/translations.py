@@ -39,7 +39,28 @@ def translations(opset: int) -> Table:
     def total(x: Any, y: Any) -> Any:
         return op.Sum(x, y)
 
+    def grouped_mm(x: Any, weights: Any, ends: Any) -> Any:
+        axis, start = op.Constant(value_ints=[0]), op.Constant(value_ints=[0])
+        places, products = op.Cast(ends, to=7), []
+        for expert, weight in enumerate(weights):
+            end = op.Slice(places, op.Constant(value_ints=[expert]), op.Constant(value_ints=[expert + 1]), axis)
+            products.append(op.MatMul(op.Slice(x, start, end, axis), weight))
+            start = end
+        left = op.Slice(x, start, op.Constant(value_ints=[2**62]), axis)
+        sizes = op.Concat(op.Shape(left, start=0, end=1), op.Shape(weights[0], start=1, end=2), axis=0)
+        nothing = op.Expand(op.CastLike(op.Constant(value_float=0.0), x), sizes)
+        return op.Concat(*products, nothing, axis=0)
+
+    def fourier(x: Any, axes: list[int], imaginary: bool) -> Any:
+        last = op.Constant(value_ints=[-1])
+        y = op.Unsqueeze(op.Cast(x, to=11), last)
+        for axis in axes:
+            y = op.DFT(y, None, op.Constant(value_int=axis)) if opset >= 20 else op.DFT(y, axis=axis)
+        return op.CastLike(op.Gather(y, op.Constant(value_int=int(imaginary)), axis=-1), x)
+
     return {
+        operators.FOURIER.default: fourier,
+        operators.GROUPED_MM.default: grouped_mm,
         operators.SUM.default: total,
         operators.RESHAPE.default: reshape,
         operators.LAYER_NORM.default: layer_norm,

@@ -1,0 +1,55 @@
+"""What a captured model does besides computing its outputs: refused, or told apart from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+
+from normfuse.errors import CaptureError
+
+
+def refuse_side_effects(exported: ExportedProgram) -> None:
+    """Raises `CaptureError` for state that an optimized model would have to keep.
+
+    A parameter that is written once from parameters alone (RWKV rescales its layers when first called in inference mode)
+    is no state: the graph computes with the new value, from the old one, whenever it is called.
+    """
+    for spec, item in zip(exported.graph_signature.output_specs, _outputs(exported), strict=True):
+        if spec.kind is OutputKind.BUFFER_MUTATION:
+            raise CaptureError(
+                f"the model writes to its buffer {spec.target!r} when called: an optimized model keeps no state; "
+                "call model.eval(), or pass that state as an input"
+            )
+        if spec.kind is OutputKind.USER_INPUT_MUTATION:
+            raise CaptureError(f"the model writes to its input {spec.target!r}: clone it in forward() first")
+        if spec.kind is OutputKind.PARAMETER_MUTATION and _reads_inputs(exported, item):
+            raise CaptureError(f"the model writes what depends on its inputs to its parameter {spec.target!r} when called")
+
+
+def own_outputs(exported: ExportedProgram, items: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of what the exported graph returns, what the model does: not the new values of parameters."""
+    specs = exported.graph_signature.output_specs
+    return tuple(item for spec, item in zip(specs, items, strict=True) if spec.kind is not OutputKind.PARAMETER_MUTATION)
+
+
+def _outputs(exported: ExportedProgram) -> tuple[Any, ...]:
+    return tuple(next(n for n in reversed(exported.graph.nodes) if n.op == "output").args[0])  # type: ignore[arg-type]
+
+
+def _reads_inputs(exported: ExportedProgram, item: Any) -> bool:
+    given = {
+        s.arg.name for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT and hasattr(s.arg, "name")
+    }
+    seen: set[fx.Node] = set()
+    pending = [item] if isinstance(item, fx.Node) else []
+    while pending:
+        node = pending.pop()
+        if node.op == "placeholder" and node.name in given:
+            return True
+        if node not in seen:
+            seen.add(node)
+            pending.extend(node.all_input_nodes)
+    return False
