@@ -105,7 +105,15 @@ class Inventory:
 
 def take_inventory(program: Program, model: str = "") -> Inventory:
     """The inventory of a raised program."""
-    return Inventory(model, list(_patterns(program)), program.notes)
+    return Inventory(model, list(_patterns(program)), (*program.notes, *_unnamed(program)))
+
+
+def _unnamed(program: Program) -> Iterator[str]:
+    """Norms that are one operator, but none of the kinds."""
+    for node in program.graph.nodes:
+        if is_op(node, STANDARDIZE) and argument(node, "ddof"):
+            axes, eps = argument(node, "axes"), argument(node, "eps")
+            yield f"{site(node)} divides by the unbiased deviation over {axes} (eps {eps}): a norm, but none of the kinds"
 
 
 def _patterns(program: Program) -> Iterator[Pattern]:
@@ -136,6 +144,8 @@ def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
 
 def _kind(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:
     if is_op(node, STANDARDIZE):
+        if argument(node, "ddof"):
+            return None  # by another deviation: no norm of that name, though it is one operator now
         return "layer_norm" if argument(node, "centre") else "rms_norm"
     if is_op(node, aten.batch_norm) and (argument(node, "training") or argument(node, "running_mean") not in weights):
         return None

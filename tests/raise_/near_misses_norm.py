@@ -30,10 +30,48 @@ def _var(x: Tensor) -> Tensor:
 
 
 class UnbiasedVariance(Affine):
-    """Bessel's correction inside the root: layer_norm with ddof 1 it may be, torch's operator it is not."""
+    """Bessel's correction inside the root."""
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - _mean(x)) / torch.sqrt(x.var(-1, keepdim=True) + self.eps) * self.weight + self.bias
+
+
+class AnnotatedTransformer(Affine):
+    """harvardnlp's: unbiased, eps added to the deviation."""
+
+    eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        std = x.std(-1, keepdim=True)
+        return self.weight * (x - mean) / (std + self.eps) + self.bias
+
+
+class PatchTarget(Affine):
+    """MAE and Hiera normalise their target patches so: unbiased, eps inside, no affine part."""
+
+    eps, affine = 1e-6, "none"
+
+    def forward(self, target: Tensor) -> Tensor:
+        mean = target.mean(dim=-1, keepdim=True)
+        var = target.var(dim=-1, keepdim=True)
+        return (target - mean) / (var + self.eps) ** 0.5
+
+
+class AdaIn(nn.Module):
+    """Huang and Belongie: unbiased variance, gain and shift are the statistics of another picture."""
+
+    eps = 1e-5
+
+    def forward(self, content: Tensor, style: Tensor) -> Tensor:
+        style_std, style_mean = self._moments(style)
+        std, mean = self._moments(content)
+        return (content - mean.expand_as(content)) / std.expand_as(content) * style_std + style_mean
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        n, c = x.shape[:2]
+        var = x.view(n, c, -1).var(dim=2) + self.eps
+        return var.sqrt().view(n, c, 1, 1), x.view(n, c, -1).mean(dim=2).view(n, c, 1, 1)
 
 
 class SimpleNorm(Affine):
@@ -266,7 +304,7 @@ def response(x: Tensor) -> Tensor:
 
 
 def other_divisor(x: Tensor) -> Tensor:
-    """The sum of squares over n - 1: rms_norm of its own kind it may be, torch's operator it is not."""
+    """The sum of squares over n - 1: our rms_norm with a gain and another eps, torch's operator it is not."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) / (WIDTH - 1) + EPS)
 
 
@@ -285,6 +323,11 @@ def _other_ln(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 def _rms(m: Any, x: Tensor, *_: Tensor) -> Tensor:
     return references.rms_norm(m, x) if hasattr(m, "eps") else F.rms_norm(x, (WIDTH,), eps=EPS)
+
+
+def _instance(m: Any, x: Tensor, style: Tensor) -> Tensor:
+    std, mean = torch.std_mean(style, (2, 3), keepdim=True)
+    return F.instance_norm(x) * std + mean
 
 
 def _unit(m: Any, x: Tensor) -> Tensor:
@@ -313,13 +356,11 @@ def _of(function: Callable[..., Tensor], poses_as: Reference = _ln, **given: Any
     return _miss(lambda: Stateless(function), named(function), function.__doc__, poses_as, **inputs, **given)
 
 
-OWN_LAYER_NORM: dict[str, Any] = dict(
-    forbidden=NORMS - {"layer_norm"}, torch_ops=("layer_norm", "native_layer_norm")
-)
-OWN_RMS_NORM: dict[str, Any] = dict(forbidden=STANDARD, torch_ops=("rms_norm",))
-
 NEAR_MISSES: tuple[NearMiss, ...] = (
-    _class(UnbiasedVariance, **OWN_LAYER_NORM),
+    _class(UnbiasedVariance),
+    _class(AnnotatedTransformer),
+    _class(PatchTarget),
+    _miss(AdaIn, "ada_in", AdaIn.__doc__, _instance, inputs=lambda: (rows(2, WIDTH, 3, 5), rows(2, WIDTH, 4, 2))),
     _class(SimpleNorm),
     _class(CentredRms),
     _class(EpsTwice),
@@ -361,5 +402,5 @@ NEAR_MISSES: tuple[NearMiss, ...] = (
     _of(squash, _unit),
     _of(clipped_length, _unit),
     _of(response, _unit),
-    _of(other_divisor, _rms, **OWN_RMS_NORM),
+    _of(other_divisor, _rms, forbidden=STANDARD, torch_ops=("rms_norm",)),
 )

@@ -188,22 +188,6 @@ class InstanceFlat(Affine):
         return (flat * inverse * self.weight[:, None] + self.bias[:, None]).view(n, c, h, w)
 
 
-class AdaIn(nn.Module):
-    """Huang and Belongie: unbiased variance, gain and shift are the statistics of another picture."""
-
-    eps = 1e-5
-
-    def forward(self, content: Tensor, style: Tensor) -> Tensor:
-        style_std, style_mean = self._moments(style)
-        std, mean = self._moments(content)
-        return (content - mean.expand_as(content)) / std.expand_as(content) * style_std + style_mean
-
-    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        n, c = x.shape[:2]
-        var = x.view(n, c, -1).var(dim=2) + self.eps
-        return var.sqrt().view(n, c, 1, 1), x.view(n, c, -1).mean(dim=2).view(n, c, 1, 1)
-
-
 class Spade(nn.Module):
     """A gain and a shift for each pixel, from a map."""
 
@@ -249,11 +233,6 @@ def _instance_bare(m: Any, x: Tensor) -> Tensor:
     return F.instance_norm(x, eps=m.eps)
 
 
-def _adain(m: Any, content: Tensor, style: Tensor) -> Tensor:
-    (var, mean), (to_var, to_mean) = (torch.var_mean(x, (2, 3), keepdim=True) for x in (content, style))
-    return (content - mean) / (var + m.eps).sqrt() * (to_var + m.eps).sqrt() + to_mean
-
-
 def _spade(m: Any, x: Tensor, labels: Tensor) -> Tensor:
     return F.instance_norm(x, eps=m.eps) * (1 + m.to_gamma(labels)) + m.to_beta(labels)
 
@@ -294,15 +273,6 @@ SPELLINGS: tuple[Spelling, ...] = (
     _in(GroupPerChannel, or_kinds=("group_norm",), reference=_module),
     _in(InstanceWrittenOut),
     _in(InstanceFlat, axes=(-1,), outer_axes=(-2, -1)),
-    _in(
-        AdaIn,
-        ddof=1,
-        affine="none",
-        adaptive=True,
-        or_kinds=("layer_norm",),
-        reference=_adain,
-        inputs=lambda: (rows(2, WIDTH, 3, 5), rows(2, WIDTH, 4, 2)),
-    ),
     _in(
         Spade,
         affine="none",

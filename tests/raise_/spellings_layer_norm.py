@@ -1,4 +1,4 @@
-"""LayerNorm over the last axis: torch's own, how the division is written, n - 1, eps outside the root."""
+"""LayerNorm over the last axis: torch's own, how the division is written, eps outside the root."""
 
 from __future__ import annotations
 
@@ -177,18 +177,7 @@ class WithStatistics(Affine):
         return (x - mean) * rstd * self.weight + self.bias, mean, rstd
 
 
-# -- divisor n - 1, eps outside ------------------------------------------------------------------------------
-
-
-class AnnotatedTransformer(Affine):
-    """harvardnlp's: unbiased, eps added to the deviation."""
-
-    eps = 1e-6
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean(-1, keepdim=True)
-        std = x.std(-1, keepdim=True)
-        return self.weight * (x - mean) / (std + self.eps) + self.bias
+# -- eps outside -----------------------------------------------------------------------------------------------
 
 
 class BiasedStdEpsOutside(Affine):
@@ -198,17 +187,6 @@ class BiasedStdEpsOutside(Affine):
         mean = x.mean(dim=-1, keepdim=True)
         std = x.std(dim=-1, keepdim=True, unbiased=False)
         return torch.mul((x - mean) / (std + self.eps), self.weight) + self.bias
-
-
-class PatchTarget(Affine):
-    """MAE and Hiera normalise their target patches so: unbiased, eps inside, no affine part."""
-
-    eps, affine = 1e-6, "none"
-
-    def forward(self, target: Tensor) -> Tensor:
-        mean = target.mean(dim=-1, keepdim=True)
-        var = target.var(dim=-1, keepdim=True)
-        return (target - mean) / (var + self.eps) ** 0.5
 
 
 def _module(m: Any, x: Tensor) -> Tensor:
@@ -221,14 +199,6 @@ def _residual(m: Any, x: Tensor, branch: Tensor) -> Outputs:
 
 def _statistics(m: Any, x: Tensor) -> Outputs:
     return torch.native_layer_norm(x, [WIDTH], m.weight, m.bias, m.eps)
-
-
-def _unbiased(m: Any, x: Tensor) -> Tensor:
-    return references.standardized(m, x, ddof=1)
-
-
-def _unbiased_outside(m: Any, x: Tensor) -> Tensor:
-    return references.standardized(m, x, ddof=1, outside=True)
 
 
 def _biased_outside(m: Any, x: Tensor) -> Tensor:
@@ -254,7 +224,5 @@ SPELLINGS: tuple[Spelling, ...] = (
         Residual, reference=_residual, inputs=lambda: (rows(2, 5, WIDTH), rows(2, 5, WIDTH)), scaled=(0, 1)
     ),
     layer_norm(WithStatistics, reference=_statistics),
-    layer_norm(AnnotatedTransformer, reference=_unbiased_outside, ddof=1, eps_place="outside"),
     layer_norm(BiasedStdEpsOutside, reference=_biased_outside, eps_place="outside"),
-    layer_norm(PatchTarget, reference=_unbiased, ddof=1),
 )

@@ -16,6 +16,7 @@ from normfuse.capture import capture
 from normfuse.evaluate import run_float64
 from normfuse.inventory import KINDS, Inventory, Pattern, take_inventory
 from normfuse.node import argument, aten, is_op
+from normfuse.ops import STANDARDIZE
 from normfuse.pipeline import Pipeline
 from normfuse.program import Program
 from normfuse.verification.numerics import EXACT
@@ -104,6 +105,15 @@ def test_a_near_miss_is_not_counted_and_computes_what_it_did(miss: NearMiss) -> 
         assert not any(is_op(node, getattr(aten, name)) for node in raised.graph.nodes), name
     if not miss.random:
         assert _apart(captured, raised, pytree.tree_leaves(miss.example())) < EXACT
+
+
+@pytest.mark.parametrize(
+    "name", ["near_unbiased_variance", "near_annotated_transformer", "near_patch_target", "near_ada_in"]
+)
+def test_a_norm_by_another_deviation_is_one_operator_and_a_note(name: str) -> None:
+    _, raised, inventory = _by_name(name)
+    assert sum(is_op(node, STANDARDIZE) for node in raised.graph.nodes) == 1
+    assert [note for note in inventory.notes if "unbiased deviation" in note]
 
 
 def _apart(captured: Program, raised: Program, leaves: list[Tensor]) -> float:
