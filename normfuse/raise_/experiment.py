@@ -54,11 +54,18 @@ class Concrete:
                 raise Impossible("a size is not known")
             return int(hint) * (self.variant + 1)
         for symbol in sorted(expr.free_symbols, key=str):
-            self._symbols.setdefault(symbol, _SMALL[(len(self._symbols) + 2 * self.variant) % len(_SMALL)] + self.variant)
+            if symbol not in self._symbols:
+                self._symbols[symbol] = self._in_range(str(symbol))
         chosen = expr.xreplace({s: self._symbols[s] for s in expr.free_symbols})
         if int(chosen) != chosen or int(chosen) < 2:
             raise Impossible("a size would vanish")
         return int(chosen)
+
+    def _in_range(self, symbol: str) -> int:
+        """A small size that the program takes, and not its least: there a slice up to a fixed position is still whole."""
+        low, high = self.program.signature.ranges.get(symbol, (0, 2**62))
+        small = _SMALL[(len(self._symbols) + 2 * self.variant) % len(_SMALL)] + self.variant
+        return min(max(small, low + 1 + small if low > _SMALL[0] else low), high)
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         return tuple(int(self.size(s)) for s in shape(node))

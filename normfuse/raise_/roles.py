@@ -31,8 +31,16 @@ class Roles:
 
     def __init__(self, program: Program) -> None:
         self.program = program
+        self._latents: frozenset[fx.Node] = frozenset()
         self._known: dict[fx.Node, Role] = {}
-        for node in program.graph.nodes:
+        self._work_out()
+        self._latents = _latents(program, self._known)
+        if self._latents:
+            self._work_out()
+
+    def _work_out(self) -> None:
+        self._known = {}
+        for node in self.program.graph.nodes:
             self._known[node] = self._of(node)
 
     def __call__(self, node: fx.Node) -> Role:
@@ -41,7 +49,7 @@ class Roles:
         return self._known[node]
 
     def _of(self, node: fx.Node) -> Role:
-        if node.op == "placeholder":
+        if node.op == "placeholder" or node in self._latents:
             return Role.ACTIVATION
         if node.op == "get_attr":
             origin = self.program.origins.get(str(node.target))
@@ -56,6 +64,46 @@ class Roles:
             return max((self(n) for n in fill), default=Role.FIXED, key=lambda r: r.value)
         roles = [self(n) for n in node.all_input_nodes]
         return max([Role.FIXED, *roles], key=lambda r: r.value)
+
+
+_MOMENTS = (aten.mean, aten.sum, aten.var, aten.var_mean, aten.std, aten.linalg_vector_norm, aten.norm)
+_FAR = 16
+
+
+def _latents(program: Program, roles: dict[fx.Node, Role]) -> frozenset[fx.Node]:
+    """Parameters that are tokens: normalised by hand, then projected or attended to as an input would be."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if is_op(node, *_MOMENTS) and roles[node] is Role.WEIGHT and _is_projected(node, roles):
+            leaves = [n for n in _leaves(node) if roles[n] is Role.WEIGHT]
+            found.update(n for n in leaves if value(n).dim() >= 2)
+    return frozenset(found)
+
+
+def _is_projected(node: fx.Node, roles: dict[fx.Node, Role]) -> bool:
+    pending, seen = [node], {node}
+    for _ in range(_FAR):
+        if not pending:
+            return False
+        current = pending.pop(0)
+        for user in current.users:
+            if is_op(user, aten.linear) and user.args[0] is current and current is not user.args[1]:
+                return True
+            if is_op(user, aten.scaled_dot_product_attention, aten.cat):
+                return True
+            if roles[user] is Role.WEIGHT and user not in seen and not is_op(user, aten.linear):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    pending, seen = [node], {node}
+    while pending:
+        new = [n for n in pending.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        pending.extend(new)
+    return [n for n in seen if n.op == "get_attr"]
 
 
 def value_operands(node: fx.Node) -> list[fx.Node]:

@@ -204,14 +204,14 @@ class Reader:
             return "the scores are subtracted"
         if not isinstance(other, fx.Node) or rank(other) == 0:
             return path, 1.0, None, None  # a number added to all scores
-        if not minus and (by_arithmetic := self._mask_by_arithmetic(path, other, labels)) is not None:
+        if (by_arithmetic := self._mask_by_arithmetic(path, other, labels, minus=minus)) is not None:
             return by_arithmetic
         own = self.atoms.settled(aligned(other, labels))
         if not set(self.atoms.leaves(keys)) & {a for axis in own for a in axis}:
             return path, 1.0, None, None  # the same for all keys
         return path, 1.0, None, Bias(other, own, -scale if minus else scale)
 
-    def _mask_by_arithmetic(self, path: fx.Node, added: fx.Node, labels: Labels) -> Any:
+    def _mask_by_arithmetic(self, path: fx.Node, added: fx.Node, labels: Labels, *, minus: bool) -> Any:
         """scores * b + low * (1 - b) with a fixed b of zeros and ones: a fill where b is zero."""
         found = self._operands(path) if is_op(path, aten.mul) else None
         if found is None or not isinstance(found[1], fx.Node):
@@ -224,6 +224,7 @@ class Reader:
                 b, low = torch.broadcast_tensors(concrete.fixed(mask), concrete.fixed(added))
             except Exception:
                 return None
+            low = -low if minus else low
             ones = b == 1
             if not bool((ones | (b == 0)).all()) or bool((low[ones] != 0).any()) or bool((low[~ones] > MASKING).any()):
                 return None
