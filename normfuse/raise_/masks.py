@@ -1,8 +1,9 @@
 """What is added to the scores, as the mask of an attention: causal, boolean, or additive.
 
-A boolean mask gives a row that sees nothing no weight at all, a written-out softmax shares the weight of such a row out
-evenly (if masked scores are finite). Only where no row can be empty may the one stand for the other; else the mask is
-additive and so large that the scores below it drown, which shares the weight out evenly too.
+The operator gives a row that sees nothing no weight at all. A written-out softmax shares the weight of such a row out
+evenly where masked scores are finite, and makes it not a number where they are minus infinity. Only where no row can be
+empty may the one stand for the other; else the mask is additive: so large that the scores below it drown, and not a number
+where the original is.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.node import aten, shape, value
+from normfuse.node import aten, is_op, shape, value
 from normfuse.raise_.arrange import arranged
 from normfuse.raise_.experiment import Concrete
-from normfuse.raise_.labels import Atoms, Labels
+from normfuse.raise_.labels import Atoms, Labels, is_look
 from normfuse.raise_.roles import Role, Roles
 from normfuse.raise_.scores import DROWNING, Bias, is_causal, some_row_is_empty, values_of
 from normfuse.rewrite import Editor, Value
@@ -43,9 +44,16 @@ def mask_of(
     if fixed and known and all(is_causal(t) for t in known) and len(known) == len(tables):
         return None, True
     never_empty = fixed and bool(known) and not any(some_row_is_empty(t) for t in known)
-    if all(b.fill is not None and (b.fill == -math.inf or never_empty) for b in biases):
+    if never_empty and all(b.fill is not None for b in biases):
         return _boolean(biases, groups, atoms, q, k, edit), False
-    return _additive(biases, groups, atoms, q, k, never_empty, edit), False
+    reason = None if never_empty else _not_alike(biases, value(q.node).dtype)
+    if reason is not None:
+        return reason, False
+    mask = _additive(biases, groups, atoms, q, k, never_empty, edit)
+    if isinstance(mask, Value) and not never_empty and _may_be_infinite(biases, roles, concretes):
+        empty = edit.call(aten.all.dim, edit.call(aten.eq.Scalar, mask, -math.inf), -1, True)
+        mask = edit.call(aten.where.ScalarSelf, empty, math.nan, mask)
+    return mask, False
 
 
 def _in_place(
@@ -137,6 +145,19 @@ def _inverted(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) and value(source).dtype == torch.bool else None
 
 
+def _not_alike(biases: Sequence[Bias], dtype: torch.dtype) -> str | None:
+    """Why a row that sees nothing cannot be given the weights that it has in the original."""
+    fills = [b.fill for b in biases if b.fill is not None and b.fill > -math.inf]
+    if dtype == torch.float16 and (fills or any(b.floor > -math.inf for b in biases)):
+        return "float16 has no number large enough to mask with"
+    shallow = [i for i, b in enumerate(biases) if b.fill is not None and b.fill > DROWNING]
+    if len({biases[i].fill for i in shallow}) > 1:
+        return "scores are masked with several numbers, and a row may be masked in full"
+    if shallow and any(b.fill is None for b in biases[: shallow[-1]]):
+        return "a bias is added to masked scores, and a row may be masked in full"
+    return None
+
+
 def _additive(
     biases: Sequence[Bias],
     groups: Sequence[tuple[int, ...]],
@@ -146,11 +167,9 @@ def _additive(
     never_empty: bool,
     edit: Editor,
 ) -> Value | str:
-    """The first of the biases was added last."""
+    """What was done to the scores, done to zeros, in the same order: the first of the biases was added last."""
     dtype = value(q.node).dtype
-    drowned = any(b.floor > -math.inf or (b.fill is not None and b.fill > -math.inf) for b in biases) and not never_empty
-    if dtype == torch.float16 and drowned:
-        return "float16 has no number large enough to mask with"
+    lowest = torch.finfo(dtype).min
     total: Value | None = None
     for bias in reversed(biases):
         assert bias.node is not None
@@ -160,14 +179,61 @@ def _additive(
                 return "the bias cannot be brought into place"
             term = term.to(dtype)
             term = term if bias.factor == 1.0 else term * bias.factor
+            total = term if total is None else total + term
         else:
             keep = _kept(bias, groups, atoms, q, k, edit)
             if keep is None:
                 return "the mask cannot be brought into place"
-            low = -math.inf if bias.fill == -math.inf or never_empty else DROWNING
-            term = edit.call(aten.where.Scalar, keep, 0.0, low).to(dtype)
-        total = term if total is None else total + term
+            infinite = bias.fill == -math.inf or never_empty
+            low = -math.inf if infinite else max(min(bias.fill, DROWNING), lowest)
+            if total is None:
+                total = edit.call(aten.where.Scalar, keep, 0.0, low).to(dtype)
+            else:
+                total = edit.call(aten.where.ScalarOther, keep, total, low)
         if bias.floor > -math.inf and not never_empty:
-            total = edit.call(aten.clamp_min.default, total, max(bias.floor, torch.finfo(dtype).min))
+            total = edit.call(aten.clamp_min.default, total, max(bias.floor, lowest))
     assert total is not None
     return total
+
+
+_ARITHMETIC = (
+    aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.where, aten.masked_fill, aten.cat, aten.stack, aten.slice,
+    aten.select, aten.index, aten.gather, aten.minimum, aten.maximum, aten.clamp, aten.clamp_min, aten.index_select,
+)  # fmt: skip
+_LOGARITHMS = (aten.log, aten.log2, aten.log10, aten.log1p, aten.log_softmax, aten.log_sigmoid)
+
+
+def _may_be_infinite(biases: Sequence[Bias], roles: Roles, concretes: Sequence[Concrete]) -> bool:
+    infinite = False
+    for bias in reversed(biases):
+        assert bias.node is not None
+        own = bias.fill == -math.inf if bias.fill is not None else _reaches_infinity(bias.node, roles, concretes)
+        infinite = (infinite or own) and bias.floor == -math.inf
+    return infinite
+
+
+def _reaches_infinity(node: fx.Node, roles: Roles, concretes: Sequence[Concrete]) -> bool:
+    """May entries be minus infinity by design: given so, filled so, or the logarithm of nothing?"""
+    pending, seen = [node], {node}
+    while pending:
+        current = pending.pop()
+        if roles(current) is Role.FIXED and _is_infinite_table(current, concretes):
+            return True
+        if current.op == "placeholder":
+            if value(current).is_floating_point():
+                return True
+        elif is_op(current, *_LOGARITHMS) or any(isinstance(a, float) and math.isinf(a) for a in current.args):
+            return True
+        elif roles(current) is Role.ACTIVATION and (is_look(current) or is_op(current, *_ARITHMETIC)):
+            new = [n for n in current.all_input_nodes if n not in seen and isinstance(value(n), Tensor)]
+            seen.update(new)
+            pending.extend(new)
+    return False
+
+
+def _is_infinite_table(node: fx.Node, concretes: Sequence[Concrete]) -> bool:
+    try:
+        known = concretes[-1].fixed(node)
+    except Exception:
+        return True
+    return isinstance(known, Tensor) and known.is_floating_point() and bool(torch.isinf(known).any())

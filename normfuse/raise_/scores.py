@@ -89,6 +89,8 @@ class Reader:
             if isinstance(found, str):
                 return found
             node, by, factor, bias = found
+            if bias is not None and factors:
+                return "a bias or a mask is scaled by a tensor afterwards"
             scale *= by
             if factor is not None:
                 factors.append(factor)
@@ -147,12 +149,12 @@ class Reader:
             return self._biased(node, labels, keys, scale)
         if is_op(node, aten.masked_fill):
             given = arguments(node)
-            return self._filled(given["self"], given["mask"], given["value"], labels, keep=False)
+            return self._filled(given["self"], given["mask"], given["value"], labels, scale, keep=False)
         if is_op(node, aten.where) and len(node.args) == 3:
             condition, yes, no = node.args
             for path, fill, keep in ((yes, no, True), (no, yes, False)):
                 if isinstance(path, fx.Node) and self._is_path(path):
-                    return self._filled(path, condition, fill, labels, keep=keep)
+                    return self._filled(path, condition, fill, labels, scale, keep=keep)
         if is_op(node, aten.neg):
             return node.args[0], -1.0, None, None
         return f"{node.target} stands between product and softmax"
@@ -204,14 +206,14 @@ class Reader:
             return "the scores are subtracted"
         if not isinstance(other, fx.Node) or rank(other) == 0:
             return path, 1.0, None, None  # a number added to all scores
-        if (by_arithmetic := self._mask_by_arithmetic(path, other, labels, minus=minus)) is not None:
+        if (by_arithmetic := self._mask_by_arithmetic(path, other, labels, -scale if minus else scale)) is not None:
             return by_arithmetic
         own = self.atoms.settled(aligned(other, labels))
         if not set(self.atoms.leaves(keys)) & {a for axis in own for a in axis}:
             return path, 1.0, None, None  # the same for all keys
         return path, 1.0, None, Bias(other, own, -scale if minus else scale)
 
-    def _mask_by_arithmetic(self, path: fx.Node, added: fx.Node, labels: Labels, *, minus: bool) -> Any:
+    def _mask_by_arithmetic(self, path: fx.Node, added: fx.Node, labels: Labels, scale: float) -> Any:
         """scores * b + low * (1 - b) with a fixed b of zeros and ones: a fill where b is zero."""
         found = self._operands(path) if is_op(path, aten.mul) else None
         if found is None or not isinstance(found[1], fx.Node):
@@ -224,14 +226,15 @@ class Reader:
                 b, low = torch.broadcast_tensors(concrete.fixed(mask), concrete.fixed(added))
             except Exception:
                 return None
-            low = -low if minus else low
+            low = low * scale
             ones = b == 1
             if not bool((ones | (b == 0)).all()) or bool((low[ones] != 0).any()) or bool((low[~ones] > MASKING).any()):
                 return None
         return scores, 1.0, None, Bias(mask, aligned(mask, labels), 1.0, MASKING, keep=True)
 
-    def _filled(self, path: Any, mask: Any, fill: Any, labels: Labels, *, keep: bool) -> Any:
+    def _filled(self, path: Any, mask: Any, fill: Any, labels: Labels, scale: float, *, keep: bool) -> Any:
         number = self.number(fill)
+        number = None if number is None else number * scale
         if number is None or not isinstance(mask, fx.Node) or not isinstance(path, fx.Node):
             return "masked scores are filled with something unknown"
         if number > MASKING:
