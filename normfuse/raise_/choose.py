@@ -185,7 +185,7 @@ def _place_affine(
     kind, target = form, {"layer_norm": "standardize", "rms_norm": "standardize"}.get(form, form)
     if form == "layer_norm" and rows.split is not None:
         kind, target = "group_norm", "group_norm" if plain else "none"
-    elif form == "layer_norm" and _is_instance(rows, channel, rank):
+    elif form == "layer_norm" and _is_instance(rows, channel, rank) and not _along_rows(rows, weight, found.shift):
         kind, target = "instance_norm", "instance_norm" if plain else "standardize"
     elif plain and channel == 1 and rows.axes == tuple(range(1, rank)) and rank > 2:
         kind, target = "group_norm", "group_norm"
@@ -216,6 +216,12 @@ def _channel(rows: Rows, weight: Factor | None, shift: Factor | None) -> int | N
     """The one axis along which the affine part varies."""
     axes = {a for f in (weight, shift) if f is not None for a in f.axes}
     return axes.pop() if len(axes) == 1 else None
+
+
+def _along_rows(rows: Rows, weight: Factor | None, shift: Factor | None) -> bool:
+    """A gain that differs from place to place within a row is a LayerNorm's."""
+    axes = {a for f in (weight, shift) if f is not None for a in f.axes}
+    return bool(axes) and axes <= set(rows.axes)
 
 
 def _is_instance(rows: Rows, channel: int | None, rank: int) -> bool:
