@@ -100,7 +100,10 @@ def _give_pair(edit: Editor, pair: Pair, name: str, scale: Tensor) -> None:
     fitted = _fitted(pair, name, scale)
     if isinstance(fitted, str):
         edit.refuse(pair.writer, fitted)
-    elif edit.permit(pair.writer):
+        return
+    if left := int((fitted[~pair.free] != 1).sum()):
+        edit.refuse(pair.writer, f"{left} channels of {name} take no scale: what reads them does not pass it on")
+    if edit.permit(pair.writer):
         _tell(edit, pair)
         migrate(edit, pair, edit.constant(fitted, "scale"))
 
@@ -128,7 +131,7 @@ def _fitted(pair: Pair, name: str, scale: Tensor) -> Tensor | str:
     copies = scale[pair.copies(end)]
     if not bool((copies == copies[:1]).all()):
         return f"the channels of {name} are read several times (grouped heads), and the scales of the copies differ"
-    return copies[0]
+    return torch.where(pair.reads(end), copies[0], 1.0)
 
 
 RULE = configured()

@@ -302,6 +302,7 @@ def test_mamba_takes_scales_at_the_convolution_and_at_the_gate(silu: bool) -> No
     gate = {"out_proj.weight"} if silu else set()
     assert {"in_proj.weight", "in_proj.bias", "conv1d.weight"} | gate <= changed
     assert "conv1d.bias" not in changed
+    assert reasons(result) == ("" if silu else "12 channels of in_proj take no scale: what reads them does not pass it on")
     assert result.report.verification and result.report.verification.error_float64 <= 1e-12
 
 
