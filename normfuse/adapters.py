@@ -18,6 +18,7 @@ from normfuse.bake import WeightProgram, checkpoint_tensors, replay
 from normfuse.errors import NormfuseError
 from normfuse.evaluate import Weights, default_float64
 from normfuse.node import argument, aten, is_op, op_name, value
+from normfuse.program import Program
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,38 @@ def carry(
     """
     for name, adapter in adapters.items():
         _check(name, adapter, state_dict)
-    adapted = {name: state_dict[name] + adapter.delta.to(state_dict[name]) for name, adapter in adapters.items()}
+    adapted = _adapted(ledger, state_dict, adapters)
     found: dict[str, Adapter | Tensor] = dict(adapters)
     for name, program in ledger.items():
         mine = {source: adapters[key] for source in program.sources if (key := _key(program, source, adapters))}
         if not mine:
             continue
         if value(program.node).dim() < 2:
-            before, after = (replay({name: program}, tensors)[name] for tensors in (state_dict, dict(state_dict) | adapted))
+            before, after = (replay({name: program}, tensors)[name] for tensors in (state_dict, adapted))
             found[name] = after - before
             continue
         with torch.no_grad(), default_float64():
             found[name] = _carried(name, program, checkpoint_tensors(program, state_dict), mine)
     return found
+
+
+def _adapted(
+    ledger: Mapping[str, WeightProgram], state_dict: Mapping[str, Tensor], adapters: Mapping[str, Adapter]
+) -> dict[str, Tensor]:
+    """The checkpoint with the adapters in it, under every name of a tied tensor."""
+    origins = [o.names for program in _programs(ledger) for o in program.origins.values()]
+    found = dict(state_dict)
+    for name, adapter in adapters.items():
+        known_as = next((names for names in origins if name in names), (name,))
+        if len(both := [other for other in known_as if other in adapters]) > 1:
+            raise NormfuseError(f"{' and '.join(map(repr, both))} are one tensor: give it one adapter")
+        changed = state_dict[name] + adapter.delta.to(state_dict[name])
+        found |= {other: changed for other in known_as if other in state_dict}
+    return found
+
+
+def _programs(ledger: Mapping[str, WeightProgram]) -> list[Program]:
+    return list({id(weight.program): weight.program for weight in ledger.values()}.values())
 
 
 def _check(name: str, adapter: Adapter, state_dict: Mapping[str, Tensor]) -> None:

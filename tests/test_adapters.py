@@ -94,6 +94,21 @@ def test_the_rank_stays_and_the_function_is_that_of_the_adapted_model() -> None:
     assert (got - wanted).norm() / wanted.norm() <= EXACT
 
 
+def test_into_the_users_own_modules() -> None:
+    base, adapted, (args, _) = gpt.build("small").double(), gpt.build("small").double(), gpt.example("small")
+    adapters, state = adapters_of(base), {name: t.clone() for name, t in base.state_dict().items()}
+    report = normfuse.optimize_(base, args, passes=STREAM)
+    assert report.fired
+    carried = normfuse.carry_adapters(report.weights, state, adapters)
+    with torch.no_grad():
+        for name, parameter in base.named_parameters():
+            parameter.copy_(with_adapters({name: parameter}, carried)[name])
+        for name, parameter in adapted.named_parameters():
+            parameter.add_(adapters[name].delta if name in adapters else 0)
+        got, wanted = base(*args), adapted(*args)
+    assert (got - wanted).norm() / wanted.norm() <= EXACT
+
+
 def test_projections_beside_each_other_get_their_ranks_together() -> None:
     model, x = randomized(lambda: Beside(), 1).double(), torch.randn(2, 6).double()
     adapters = {f"{name}.weight": adapter(getattr(model, name).weight, seed) for seed, name in enumerate("ab")}
@@ -151,3 +166,11 @@ def test_refuses_adapters_that_do_not_fit(name: str, shape: tuple[int, ...], mes
     ledger = normfuse.optimize(model, (torch.randn(2, 6),)).report.weights
     with pytest.raises(normfuse.NormfuseError, match=message):
         normfuse.carry_adapters(ledger, model.state_dict(), {name: adapter(torch.empty(*shape), 1)})
+
+
+def test_refuses_two_adapters_of_one_tensor() -> None:
+    model = gpt.build("small")
+    ledger, state = normfuse.optimize(model, *gpt.example("small")).report.weights, model.state_dict()
+    both = {name: adapter(state[name], seed) for seed, name in enumerate(("tokens.weight", "head.weight"))}
+    with pytest.raises(normfuse.NormfuseError, match="'tokens.weight' and 'head.weight' are one tensor"):
+        normfuse.carry_adapters(ledger, state, both)
