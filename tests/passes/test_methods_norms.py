@@ -15,7 +15,8 @@ import normfuse
 from normfuse.models import bert, convnext, gpt, llama, vit
 from normfuse.node import aten, is_op
 from normfuse.ops import RMS_NORM
-from normfuse.passes import layer_norm_to_rms_norm, rms_norm_to_crms_norm, rotate_residual
+from normfuse.passes import layer_norm_to_rms_norm, migrate_scales, rms_norm_to_crms_norm, rotate_residual
+from tests.passes.test_migrate_scales import ReluNet, lognormal, relu_inputs
 from tests.support import assert_same_function, ids, image, operators, optimized, randomised, reasons
 from tests.zoo.entry import randomise, seeded
 
@@ -216,6 +217,14 @@ def test_post_norm_with_one_number_for_a_gain_is_centred() -> None:
     assert optimized(model, ids(2, 7)).report.fired[CENTRE] == 1
 
 
+def test_post_norm_with_one_number_for_a_gain_is_centred_in_place() -> None:
+    model, x = post_norm(gain=1.7), ids(2, 7)
+    before = model(x)
+    report = normfuse.optimize_(model, (x,), passes=[CENTRE])
+    assert report.fired == {CENTRE: 3} and report.verification
+    assert {type(norm).__name__ for norm in model.norms} == {"RMSNorm"} and worst(model(x), before) <= 1e-5
+
+
 def test_that_a_gain_is_one_number_in_this_checkpoint_is_not_replayed_silently() -> None:
     model = post_norm(gain=1.7)
     ledger = optimized(model, ids(2, 7), passes=[CENTRE]).report.weights
@@ -271,6 +280,24 @@ def test_a_tied_head_may_stay_tied_or_part() -> None:
         assert sum(t.shape == (rows, width) for t in result.tensors().values()) == (2 if tied == "copy" else 1)
     with pytest.raises(ValueError, match="tied must be one of copy, shared"):
         layer_norm_to_rms_norm.configured(tied="loose")
+
+
+def test_in_place_a_table_is_not_shared_by_a_sum_that_the_code_does_not_make() -> None:
+    model, args = gpt.build("small"), gpt.example("small")[0]
+    report = normfuse.optimize_(model, args, passes=[layer_norm_to_rms_norm.configured(tied="shared")])
+    assert report.fired == {} and model.head.weight is model.tokens.weight  # type: ignore[union-attr]
+    assert any("linear becomes add, which the module's own code does not do" in r.reason for r in report.refusals)
+
+
+# -- scales
+
+
+def test_lognormal_scales_through_relu() -> None:
+    """OPT's MLP, with the scales that the table asks for."""
+    scales = {"fc1": lognormal(20), "a": lognormal(8, 1)}
+    model, inputs = randomised(ReluNet()), relu_inputs()
+    result = optimized(model, *inputs, passes=[migrate_scales.configured(scales=scales)])
+    assert result.report.fired == {"migrate_scales": 2}
 
 
 # -- SliceGPT

@@ -58,7 +58,7 @@ LINES: dict[str, list[str]] = {
     "LoRA, conv-LoRA, rsLoRA": [f"{LORA}::test_an_adapter_goes_into_its_base"],
     "LoRA: bf16": [f"{LORA}::test_a_bf16_weight_is_rounded_once"],
     "scales: GQA and ReLU": [
-        f"{SCALES}::test_given_scales_on_grouped_heads_gate_and_norm", f"{SCALES}::test_through_relu",
+        f"{SCALES}::test_given_scales_on_grouped_heads_gate_and_norm", f"{NORMS}::test_lognormal_scales_through_relu",
     ],
     "scales: GELU refused": [f"{SCALES}::test_refuses_what_does_not_commute"],
     "scales: GQA group refused": [f"{SCALES}::test_refuses_different_scales_for_copies_of_a_head"],
