@@ -28,7 +28,7 @@ def notes(result: Result) -> list[str]:
     lines = [
         "gain: best peer / best of normfuse"
         + (f"; geometric mean {mean:.3f}, least {min(filter(None, map(result.ratio, result.cells))):.3f}" if mean else ""),
-        "of ceiling: FLOP of the model as given (before merging) / time / onnxruntime's fastest MatMul in this run",
+        "of ceiling: FLOP of the model as given (before branches are merged) / time / the fastest MatMul in this run",
         "first call, peak memory and error against float64 (in units of eager's) are those of the best of normfuse",
     ]
     return [*lines, *(f"failed: {line}" for line in failures(result))]

@@ -21,12 +21,26 @@ _SHARED = 1024
 """Bytes from which a weight is handed to onnxruntime by address; smaller ones stand in the file, where it folds them."""
 
 
+_OLDEST = (1, 23)
+"""The onnxruntime that first runs Attention and RMSNormalization of opset 23 on a CPU."""
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
 def check_provider(provider: str = "") -> str:
     """The full name of an execution provider that is installed. Raises `LoweringError` saying which ones are."""
     try:
         import onnxruntime
     except ImportError:
         raise LoweringError("backend 'onnxruntime' needs the package onnxruntime: pip install 'normfuse[onnx]'") from None
+    if _version(onnxruntime.__version__) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise LoweringError(
+            f"backend 'onnxruntime' needs onnxruntime {oldest} or newer for the operators of opset 23, not "
+            f"{onnxruntime.__version__}: pip install -U 'normfuse[onnx]'"
+        )
     known = onnxruntime.get_available_providers()
     wanted = (provider or DEFAULT_PROVIDER).lower().removesuffix("executionprovider")
     for name in known:
@@ -59,7 +73,7 @@ class Runtime:
         try:
             return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=providers)
         except Exception as error:
-            raise LoweringError(f"onnxruntime cannot load the model: {_first_line(error)}") from error
+            raise LoweringError(f"onnxruntime cannot load the model: {first_line(error)}") from error
 
     def _share_weights(self, model: Any) -> tuple[list[str], list[Any]]:
         """Take the weights out of the model: the session reads them where they are."""
@@ -87,7 +101,7 @@ class Runtime:
             # The session's own method, and no iteration: each would cost a hundred microseconds a call.
             results = self.session._sess.run_with_ort_values(feeds, self._output_names, None)
         except Exception as error:
-            raise LoweringError(f"onnxruntime cannot run the model on these inputs: {_first_line(error)}") from error
+            raise LoweringError(f"onnxruntime cannot run the model on these inputs: {first_line(error)}") from error
         return [item if place is None else from_ort(results[place]) for place, item in self._outputs]
 
 
@@ -102,7 +116,7 @@ def _places(program: Program) -> list[tuple[int | None, Any]]:
     return places
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
