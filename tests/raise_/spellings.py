@@ -8,6 +8,7 @@ from . import (
     spellings_attention_masks,
     spellings_batch_norm,
     spellings_blocks,
+    spellings_further_attention,
     spellings_further_norms,
     spellings_group_norm,
     spellings_l2_norm,
@@ -39,4 +40,5 @@ SPELLINGS: tuple[Spelling, ...] = (
     *spellings_pointwise.SPELLINGS,
     *spellings_blocks.SPELLINGS,
     *spellings_further_norms.SPELLINGS,
+    *spellings_further_attention.SPELLINGS,
 )
