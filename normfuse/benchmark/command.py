@@ -33,11 +33,17 @@ def bench(
         Path | None, typer.Option("--output", "-o", help="Where to write OUTPUT.md, OUTPUT.json and OUTPUT.svg.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Keep what OUTPUT.json holds, measure the rest.")] = False,
+    refresh_costs: Annotated[
+        bool, typer.Option("--refresh-costs", help="Only measure anew what the ONNX lowering decides by.")
+    ] = False,
 ) -> None:
     """Time models in eager torch, inductor, onnxruntime and normfuse's backends, each in a process of its own.
 
     Example: tools/bench.py --suite plain -b 1 -b 8 --output docs/benchmarks/plain
     """
+    if refresh_costs:
+        _refresh()
+        return
     plan = Plan(
         _models(models or [], suite or []), _contenders(contenders), batch or [1], rounds, compiled_rounds, threads, seconds
     )
@@ -51,6 +57,16 @@ def bench(
         text = markdown(result, f"Benchmark: {output.name}", f"{output.name}.svg")
         output.with_name(f"{output.name}.md").write_text(text, encoding="utf-8")
         out.print(f"wrote {output}.md, .json and .svg")
+
+
+def _refresh() -> None:
+    from normfuse.lower.onnx import costs
+
+    console = Console()
+    costs.refresh()
+    for question in costs.QUESTIONS:
+        console.print(costs.told("CPUExecutionProvider", question), highlight=False)
+    console.print(f"wrote {costs.TABLE.name}")
 
 
 def _models(models: Sequence[str], suites: Sequence[str]) -> list[str]:

@@ -24,9 +24,15 @@ def lower_attention(program: Program, edit: Editor, choice: Choice) -> None:
             continue
         counts = _counts(node) if choice.opset >= 23 else None
         with edit.at(node):
-            if counts is not None:
+            if counts is not None and (
+                choice.target == "onnx" or choice.decide("attention", "Attention", "MatMul and Softmax") == "Attention"
+            ):
                 _lower(node, edit, counts)
-            elif rank(node) != 4 and not argument(node, "dropout_p") and not argument(node, "enable_gqa"):
+            elif (
+                (rank(node) != 4 or counts is not None)
+                and not argument(node, "dropout_p")
+                and not argument(node, "enable_gqa")
+            ):
                 edit.replace(node, _in_pieces(node, edit))
 
 

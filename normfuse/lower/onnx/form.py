@@ -46,7 +46,7 @@ def onnx_form(program: Program, choice: Choice) -> Program:
             if new is not None:
                 edit.replace(node, new)
     for node in list(form.graph.nodes):
-        if (total := simplify.residual(node, edit)) is not None:
+        if (total := simplify.residual(node, edit, choice)) is not None:
             edit.replace(node, total)
     _name_outputs(form, edit)
     form.drop_dead()

@@ -54,7 +54,7 @@ class Runtime:
 
     def __init__(self, program: Program, provider: str = "") -> None:
         self.provider = check_provider(provider)
-        self.choice = Choice("onnxruntime", check_request("onnxruntime", None))
+        self.choice = Choice("onnxruntime", check_request("onnxruntime", None), self.provider)
         model, self.seconds = build(program, self.choice)
         self._inputs = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
         self._outputs = _places(program)

@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from normfuse.lower.onnx import operators
+from normfuse.lower.onnx.choice import Choice
 from normfuse.node import Dim, argument, aten, dtype, is_getitem, is_one, is_op, rank, same_size, shape
 from normfuse.rewrite import Editor, Value
 
@@ -61,7 +62,7 @@ def zero_pad(node: fx.Node, edit: Editor) -> Value | None:
     return edit.value(argument(node, "self"))
 
 
-def residual(node: fx.Node, edit: Editor) -> Value | None:
+def residual(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
     """A sum that norms alone read is a Sum: of Add and LayerNormalization onnxruntime makes an operator six times slower."""
     if not is_op(node, aten.add) or argument(node, "alpha") != 1 or not node.users:
         return None
@@ -70,6 +71,8 @@ def residual(node: fx.Node, edit: Editor) -> Value | None:
         return None
     same = all(same_size(a, b) for a, b in zip(shape(x), shape(y), strict=True))
     if not same or not all(is_op(user, operators.LAYER_NORM, operators.RMS_NORM) for user in node.users):
+        return None
+    if choice.decide("sum before a norm", "Sum", "Add") == "Add":
         return None
     with edit.at(node):
         return edit.call(operators.SUM.default, x, y)
