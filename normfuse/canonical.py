@@ -303,6 +303,8 @@ def _simplify(program: Program) -> None:
         elif is_op(node, *_COPIES) or _is_same_dtype(node):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
+        elif node.target is aten.view.default:
+            node.target = aten.reshape.default  # how a tensor lies in memory may change with what computes it
         elif is_op(node, aten.rms_norm) and arguments(node)["eps"] is None:
             _with_literal_eps(node)
         elif is_op(node, aten.reshape_as, aten.view_as, aten.expand_as):

@@ -18,7 +18,7 @@ from torch import fx
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap
 from normfuse.analysis.costs import dearer, projections_in
-from normfuse.node import argument, aten, is_op, op_name, shape
+from normfuse.node import aten, is_op, op_name
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 from normfuse.rewrite.kernels import as_vector, build, call_with, emit, ingredients
@@ -89,20 +89,7 @@ def _stack(maps: Sequence[AffineMap], nodes: Sequence[fx.Node], edit: Editor) ->
         pieces = edit.call(aten.split_with_sizes.default, wide, widths, first.axis)
         cut = [pieces[place] for place in range(len(nodes))]
     for node, piece in zip(nodes, cut, strict=True):
-        _loosen_views(node, edit)
         edit.replace(node, piece)
-
-
-def _loosen_views(node: fx.Node, edit: Editor) -> None:
-    """A piece is no longer contiguous: what was a view of it may have to copy."""
-    pending = [node]
-    while pending:
-        for user in list(pending.pop().users):
-            if is_op(user, aten.view):
-                with edit.at(user):
-                    pending.append(edit.replace(user, edit.op("reshape", user.args[0], argument(user, "size"))))
-            elif is_op(user, aten.transpose, aten.permute, aten.unsqueeze, aten.slice, aten.select) and shape(user):
-                pending.append(user)
 
 
 RULE = Transform("merge_linears", exactness=Exactness.ALGEBRAIC, run=run)

@@ -12,7 +12,8 @@ import normfuse
 from normfuse.passes import TABLE
 from tests.random_models import Drawn, Inputs, draw
 
-SEEDS = [pytest.param(seed, marks=[] if seed < 12 else pytest.mark.slow) for seed in range(150)]
+TAUGHT = (55, 60)  # a chunk of what is read whole; a view of what lies otherwise in memory after a rewrite
+SEEDS = [pytest.param(s, marks=[] if s < 10 or s in TAUGHT else pytest.mark.slow) for s in range(150)]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -188,8 +188,6 @@ def _move(node: fx.Node, labels: Any, source: fx.Node, scales: bool) -> Any:
     if not is_op(node, *_MOVES) or not isinstance(labels, Tensor):
         return None
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
-    if node.target is aten.view.default:  # labels lie in memory in another order than what they label
-        target = aten.reshape.default
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: labels if n is source else _number(n))
     return target(*args, **kwargs)
 

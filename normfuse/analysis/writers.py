@@ -91,13 +91,16 @@ class Writers:
         return source if plain else None
 
     def piece_of_projection(self, node: fx.Node, axis: int) -> fx.Node | None:
-        """The linear of which `node` is a chunk along the channels."""
+        """The linear of which `node` is a chunk along the channels, if nothing else reads these channels of it."""
         if not is_getitem(node) or axis != rank(node) - 1:
             return None
         split: fx.Node = node.args[0]  # type: ignore[assignment]
         source = split.args[0]
         along = is_op(split, aten.split, aten.chunk, aten.split_with_sizes) and argument(split, "dim") in (-1, axis)
-        return source if along and isinstance(source, fx.Node) and is_op(source, aten.linear) else None
+        if not along or not isinstance(source, fx.Node) or not is_op(source, aten.linear):
+            return None
+        same = [n for n in readers(split) if not is_getitem(n) or n.args[1] == node.args[1]]
+        return source if readers(source) == (split,) and same == [node] else None
 
     def heads_of_projection(self, node: fx.Node, axis: int) -> fx.Node | None:
         """The linear whose outputs `node` splits into (heads, channels), if nothing else reads them."""

@@ -203,7 +203,7 @@ def _fits(source: fx.Node, node: fx.Node) -> bool:
     if len(mine) == len(theirs):
         different = [not (same_size(a, b) or _known_equal(a, b)) for a, b in zip(mine, theirs, strict=True)]
         return not any(different) or (sum(different) == 1 and is_op(node, aten.add, aten.log, aten.logsumexp))
-    return len(theirs) == len(mine) - 1 and is_op(node, aten.add, aten.log, aten.squeeze, aten.select, aten.view)
+    return len(theirs) == len(mine) - 1 and is_op(node, aten.add, aten.log, aten.squeeze, aten.select, aten.reshape)
 
 
 def _known_equal(a: Any, b: Any) -> bool:

@@ -118,6 +118,22 @@ def test_writers_of_every_kind() -> None:
     assert "layer_norm" not in operators(result)
 
 
+def test_a_chunk_of_a_projection_that_is_also_read_whole_stays_as_it_is() -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.norm, self.head = nn.Linear(6, WIDTH), nn.LayerNorm(WIDTH // 2), nn.Linear(WIDTH, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.wide(x)
+            a, b = h.chunk(2, dim=-1)
+            return self.head(h + torch.cat([self.norm(a), b], -1))
+
+    result = optimized(randomised(Halves()), image(3, 6))
+    assert NAME not in result.report.fired
+    assert reasons(result, NAME)
+
+
 def test_an_embedding_norm_is_a_writer_with_a_gain() -> None:
     """As in BLOOM: norm(embedding(E)) is embedding(norm(E)), whose centring is a weight program."""
 
