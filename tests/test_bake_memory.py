@@ -58,7 +58,7 @@ def beyond_the_new_weights(model: torch.nn.Module, args: Any, kwargs: Any, passe
     programs: list[Any] = []
     true = pipeline.bake
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "bake", lambda program: programs.append(program) or true(program))
+        patch.setattr(pipeline, "bake", lambda program, *more: programs.append(program) or true(program, *more))
         normfuse.optimize(model, args, kwargs, passes=passes, verify=False)
     [program] = programs
     peaks: list[tuple[str, int]] = []
