@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from normfuse.benchmark.models import SUITES
 from normfuse.benchmark.result import Result, read
@@ -63,9 +64,12 @@ def _refresh() -> None:
     from normfuse.lower.onnx import costs
 
     console = Console()
-    costs.refresh()
-    for question in costs.QUESTIONS:
-        console.print(costs.told("CPUExecutionProvider", question), highlight=False)
+    costs.refresh(tick=lambda question: console.print(f"measuring: {question}"))
+    for question, known in costs.table()["CPUExecutionProvider"].items():
+        prices = Table("size", *known["costs"], title=f"{question}, us on one thread", title_justify="left")
+        for size, *times in zip(known["sizes"], *known["costs"].values(), strict=True):
+            prices.add_row(" x ".join(map(str, size)), *(f"{taken:.0f}" for taken in times))
+        console.print(prices)
     console.print(f"wrote {costs.TABLE.name}")
 
 

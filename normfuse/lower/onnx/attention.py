@@ -18,21 +18,15 @@ from normfuse.rewrite import Editor, Value
 
 
 def lower_attention(program: Program, edit: Editor, choice: Choice) -> None:
-    """Every scaled_dot_product_attention becomes the Attention operator of opset 23."""
+    """Every scaled_dot_product_attention becomes the Attention operator of opset 23, where that has it."""
     for node in list(program.graph.nodes):
         if not is_op(node, aten.scaled_dot_product_attention):
             continue
         counts = _counts(node) if choice.opset >= 23 else None
         with edit.at(node):
-            if counts is not None and (
-                choice.target == "onnx" or choice.decide("attention", "Attention", "MatMul and Softmax") == "Attention"
-            ):
+            if counts is not None:
                 _lower(node, edit, counts)
-            elif (
-                (rank(node) != 4 or counts is not None)
-                and not argument(node, "dropout_p")
-                and not argument(node, "enable_gqa")
-            ):
+            elif rank(node) != 4 and not argument(node, "dropout_p") and not argument(node, "enable_gqa"):
                 edit.replace(node, _in_pieces(node, edit))
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from normfuse.lower.onnx import operators
+from normfuse.lower.onnx.masks import closes_no_row
 from normfuse.lower.onnx.tensors import constant
-from normfuse.node import argument, aten, is_op, rank, same_size, shape, value
+from normfuse.node import argument, aten, is_op, rank, same_size, shape
 from normfuse.program import Program
 from normfuse.rewrite import Editor
 
@@ -65,14 +65,9 @@ def _move_value_bias(node: fx.Node, edit: Editor) -> int:
 
 
 def _rows_sum_to_one(node: fx.Node, program: Program) -> bool:
-    """No mask closes a whole row: a finite one never does, a causal one leaves each of as many queries its own key."""
-    q, k, mask = (argument(node, name) for name in ("q", "k", "mask"))
-    if mask is not None:
-        tensor = program.tensors[str(mask.target)] if mask.op == "get_attr" else None
-        if argument(node, "causal") or tensor is None or not tensor.is_floating_point():
-            return False
-        return bool(torch.isfinite(tensor).all()) and value(mask).dtype == tensor.dtype
-    return not argument(node, "causal") or same_size(shape(q)[-2], shape(k)[-2])
+    """As `closes_no_row`; a causal mask leaves each of as many queries its own key."""
+    q, k = argument(node, "q"), argument(node, "k")
+    return closes_no_row(node, program) and (not argument(node, "causal") or same_size(shape(q)[-2], shape(k)[-2]))
 
 
 def _is_output(reader: fx.Node, attention: fx.Node) -> bool:

@@ -4,20 +4,35 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
+
 from normfuse.lower.onnx import costs
+
+NOISE = 0.05
+"""Two measurements of the same thing differ by so much of it."""
 
 
 @dataclass
 class Choice:
-    """Target, opset and execution provider of one export; decisions are told in its report and in the file."""
+    """Target, opset, execution provider and threads of one export; decisions are told in its report and in the file."""
 
     target: str
     opset: int
     provider: str = "CPUExecutionProvider"
+    threads: int = field(default_factory=torch.get_num_threads)
     decisions: list[str] = field(default_factory=list[str])
+    _told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
-    def decide(self, question: str, *among: str) -> str:
-        """Of these answers the cheapest on the provider, by the table of measurements; the report tells it once."""
-        if (said := costs.told(self.provider, question)) not in self.decisions:
-            self.decisions.append(said)
-        return costs.cheapest(self.provider, question, among)
+    def decide(self, question: str, usual: str, other: str, *, size: costs.Size) -> str:
+        """The cheaper of two answers at the size, by the table of measurements; the report tells each choice once.
+
+        What differs by less than measuring does leaves the usual one.
+        """
+        known = costs.costs(self.provider, question, size, self.threads)
+        best = other if known[other] < (1 - NOISE) * known[usual] else usual
+        if (question, best) not in self._told:
+            self._told.add((question, best))
+            prices = ", ".join(f"{answer} {cost:.0f} us" for answer, cost in sorted(known.items(), key=lambda item: item[1]))
+            at = f"{' x '.join(map(str, size))}, threads: {self.threads}, {self.provider}"
+            self.decisions.append(f"{question}: {best} ({prices} at {at})")
+        return best

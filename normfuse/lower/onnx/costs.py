@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from math import exp, log
+from math import ceil, log
 from pathlib import Path
 from typing import Any
 
 TABLE = Path(__file__).with_name("costs.json")
-"""By provider: for each question the microseconds of each answer, a geometric mean over sizes."""
+"""By provider: for each question the sizes it was asked at, and the microseconds of each answer there, on one thread."""
 _CALLS = 40
+_BY_HEAD = frozenset({"Attention", "MultiHeadAttention"})
+"""Operators that give each head of each sample to one thread; of the others every thread has its share."""
+
+Size = tuple[int, ...]
+Costs = Mapping[str, float]
 
 
 @cache
-def table() -> Mapping[str, Mapping[str, Mapping[str, float]]]:
-    told: dict[str, dict[str, dict[str, float]]] = json.loads(TABLE.read_text(encoding="utf-8"))
+def table() -> Mapping[str, Mapping[str, Any]]:
+    told: dict[str, dict[str, Any]] = json.loads(TABLE.read_text(encoding="utf-8"))
     return told
 
 
-def cheapest(provider: str, question: str, among: Collection[str]) -> str:
-    """The answer that took least on the provider; what nobody measured there is taken as on the CPU."""
+def costs(provider: str, question: str, size: Size, threads: int) -> Costs:
+    """Microseconds of each answer at the measured size nearest to this one, on so many threads.
+
+    What nobody measured on the provider is taken as on the CPU. `size` means what it means in `QUESTIONS`.
+    """
     known = table().get(provider, {}).get(question) or table()["CPUExecutionProvider"][question]
-    return min(among, key=known.__getitem__)
+    near = min(range(len(known["sizes"])), key=lambda place: _distance(known["sizes"][place], size))
+    return {answer: times[near] * _share(answer, size, threads) for answer, times in known["costs"].items()}
 
 
-def told(provider: str, question: str) -> str:
-    """A decision in words: what was chosen, and what the others cost."""
-    measured = provider if question in table().get(provider, {}) else "CPUExecutionProvider"
-    costs = sorted(table()[measured][question].items(), key=lambda item: item[1])
-    return f"{question}: {', '.join(f'{answer} {cost:.0f} us' for answer, cost in costs)} ({measured})"
+def _distance(known: Sequence[int], size: Size) -> float:
+    return sum(log(a / b) ** 2 for a, b in zip(known, size, strict=True))
+
+
+def _share(answer: str, size: Size, threads: int) -> float:
+    """Which part of the time on one thread is left on several."""
+    if answer not in _BY_HEAD:
+        return 1 / threads
+    heads = size[0] * size[3]
+    return ceil(heads / threads) / heads
 
 
 # -- measuring
@@ -46,22 +61,29 @@ def refresh(provider: str = "CPUExecutionProvider", *, tick: Callable[[str], Non
     known[provider] = measure(provider, tick=tick)
     table.cache_clear()
     with write_beside(TABLE, LoweringError) as beside:
-        beside.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        beside.write_text(_lines(known), encoding="utf-8")
 
 
-def measure(provider: str, *, tick: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+def _lines(known: Mapping[str, Any]) -> str:
+    """JSON with a list of numbers on one line."""
+    joined = re.sub(r"(?<=[\[\d,])\s+(?=[\d\]])", "", json.dumps(known, indent=1))
+    return re.sub(r",(?=\S)", ", ", joined) + "\n"
+
+
+def measure(provider: str, *, tick: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    found: dict[str, Any] = {}
     for question, (answers, sizes) in QUESTIONS.items():
         tick(question)
-        found[question] = {}
-        for answer, build in answers.items():
-            made = [build(*size) for size in sizes]
-            times = [_microseconds(nodes, inputs, weights, provider) for nodes, inputs, weights in made]
-            found[question][answer] = round(exp(sum(map(log, times)) / len(times)), 1)
+        times = {answer: [_microseconds(build(*size), provider) for size in sizes] for answer, build in answers.items()}
+        found[question] = {"sizes": sizes, "costs": times}
     return found
 
 
-def _microseconds(nodes: list[Any], inputs: dict[str, tuple[int, ...]], weights: dict[str, Any], provider: str) -> float:
+Spelling = tuple[list[Any], dict[str, Size], dict[str, Any]]
+"""Nodes, the inputs' sizes, weights."""
+
+
+def _microseconds(spelling: Spelling, provider: str) -> float:
     """The fastest of some calls: what others do on the machine only ever adds."""
     import numpy as np
     import onnxruntime
@@ -69,6 +91,7 @@ def _microseconds(nodes: list[Any], inputs: dict[str, tuple[int, ...]], weights:
 
     helper = _helper()
 
+    nodes, inputs, weights = spelling
     values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in inputs.items()]
     result = helper.make_tensor_value_info("o", TensorProto.FLOAT, None)
     graph = helper.make_graph(nodes, "g", values, [result], [numpy_helper.from_array(v, n) for n, v in weights.items()])
@@ -84,7 +107,7 @@ def _microseconds(nodes: list[Any], inputs: dict[str, tuple[int, ...]], weights:
         started = time.perf_counter()
         session.run(None, feeds)
         taken.append(time.perf_counter() - started)
-    return 1e6 * min(taken)
+    return round(1e6 * min(taken), 1)
 
 
 def _helper() -> Any:
@@ -99,8 +122,8 @@ def _draw(*sizes: int) -> Any:
     return np.random.default_rng(sum(sizes)).standard_normal(sizes, np.float32)
 
 
-def _residual(operator: str) -> Callable[[int, int], tuple[Any, ...]]:
-    def build(rows: int, channels: int) -> tuple[Any, ...]:
+def _residual(operator: str) -> Callable[[int, int], Spelling]:
+    def build(rows: int, channels: int) -> Spelling:
         helper = _helper()
 
         nodes = [
@@ -114,7 +137,7 @@ def _residual(operator: str) -> Callable[[int, int], tuple[Any, ...]]:
     return build
 
 
-def _attention(batch: int, length: int, channels: int, heads: int) -> tuple[Any, ...]:
+def _attention(batch: int, length: int, channels: int, heads: int) -> Spelling:
     helper = _helper()
 
     counts = {"q_num_heads": heads, "kv_num_heads": heads}
@@ -125,14 +148,14 @@ def _attention(batch: int, length: int, channels: int, heads: int) -> tuple[Any,
     )
 
 
-def _multi_head(batch: int, length: int, channels: int, heads: int) -> tuple[Any, ...]:
+def _multi_head(batch: int, length: int, channels: int, heads: int) -> Spelling:
     helper = _helper()
 
     node = helper.make_node("MultiHeadAttention", ["q", "k", "v"], ["o"], num_heads=heads, domain="com.microsoft")
     return [node], dict.fromkeys("qkv", (batch, length, channels)), {}
 
 
-def _products(batch: int, length: int, channels: int, heads: int) -> tuple[Any, ...]:
+def _products(batch: int, length: int, channels: int, heads: int) -> Spelling:
     import numpy as np
 
     helper = _helper()
@@ -154,21 +177,8 @@ def _products(batch: int, length: int, channels: int, heads: int) -> tuple[Any, 
     return nodes, dict.fromkeys("qkv", (batch, length, channels)), shapes
 
 
-def _product(form: str) -> Callable[[int, int, int], tuple[Any, ...]]:
-    def build(rows: int, inner: int, columns: int) -> tuple[Any, ...]:
-        helper = _helper()
-
-        weights = {"w": _draw(inner, columns), "b": _draw(columns)}
-        if form == "Gemm":
-            return [helper.make_node("Gemm", ["x", "w", "b"], ["o"])], {"x": (rows, inner)}, weights
-        nodes = [helper.make_node("MatMul", ["x", "w"], ["m"]), helper.make_node("Add", ["m", "b"], ["o"])]
-        return nodes, {"x": (1, rows, inner)}, weights
-
-    return build
-
-
-def _gelu(form: str) -> Callable[[int, int, int], tuple[Any, ...]]:
-    def build(rows: int, inner: int, columns: int) -> tuple[Any, ...]:
+def _gelu(form: str) -> Callable[[int, int, int], Spelling]:
+    def build(rows: int, inner: int, columns: int) -> Spelling:
         helper = _helper()
 
         product = helper.make_node("MatMul", ["x", "w"], ["m"])
@@ -182,12 +192,19 @@ def _gelu(form: str) -> Callable[[int, int, int], tuple[Any, ...]]:
     return build
 
 
-_ROWS = ((128, 768), (198, 192), (784, 192))
-_HEADS = ((1, 128, 768, 12), (1, 198, 192, 3), (1, 197, 768, 12), (64, 49, 96, 3), (4, 49, 384, 12), (4, 128, 768, 12))
-_PRODUCTS = ((128, 768, 768), (198, 192, 192), (784, 192, 768), (3136, 96, 96))
-QUESTIONS: Mapping[str, tuple[Mapping[str, Callable[..., tuple[Any, ...]]], tuple[tuple[int, ...], ...]]] = {
+_ROWS = ((128, 768), (197, 192), (784, 192))
+_HEADS = (
+    (1, 128, 768, 12), (1, 197, 192, 3), (1, 197, 768, 12), (64, 49, 96, 3), (4, 49, 384, 12), (4, 128, 768, 12),
+    (8, 197, 192, 3), (512, 49, 96, 3),
+)  # fmt: skip
+_HIDDEN = (
+    (128, 768, 3072), (197, 192, 768), (49, 768, 3072), (196, 384, 1536), (784, 192, 768), (3136, 96, 384),
+    (1024, 768, 3072), (1576, 192, 768), (25088, 96, 384),
+)  # fmt: skip
+QUESTIONS: Mapping[str, tuple[Mapping[str, Callable[..., Spelling]], tuple[Size, ...]]] = {
     "attention": ({"Attention": _attention, "MultiHeadAttention": _multi_head, "MatMul and Softmax": _products}, _HEADS),
     "sum before a norm": ({"Sum": _residual("Sum"), "Add": _residual("Add")}, _ROWS),
-    "product with a bias": ({"MatMul and Add": _product("MatMul"), "Gemm": _product("Gemm")}, _PRODUCTS),
-    "gelu after a bias": ({"Gelu": _gelu("Gelu"), "BiasGelu": _gelu("BiasGelu")}, _PRODUCTS),
+    "gelu after a bias": ({"Gelu": _gelu("Gelu"), "BiasGelu": _gelu("BiasGelu")}, _HIDDEN),
 }
+"""What is decided by measuring: the answers, and the sizes to ask at: (batch, length, channels, heads), (rows, channels),
+(rows, channels, hidden channels)."""

@@ -7,6 +7,7 @@ from torch import fx
 from normfuse.lower.onnx import simplify
 from normfuse.lower.onnx.attention import lower_attention
 from normfuse.lower.onnx.attention_bias import drop_attention_biases
+from normfuse.lower.onnx.attention_pieces import spell_attention
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.experts import lower_experts
 from normfuse.lower.onnx.linear import lower_linear, unflatten_products
@@ -34,6 +35,7 @@ def onnx_form(program: Program, choice: Choice) -> Program:
     lower_attention(form, edit, choice)
     if count := drop_attention_biases(form, edit):
         choice.decisions.append(f"{count} biases of keys and values dropped or moved behind the attention")
+    spell_attention(form, edit, choice)
     lower_linear(form, edit)
     gather_rows(form, edit)
     for node in list(form.graph.nodes):
@@ -46,8 +48,9 @@ def onnx_form(program: Program, choice: Choice) -> Program:
             if new is not None:
                 edit.replace(node, new)
     for node in list(form.graph.nodes):
-        if (total := simplify.residual(node, edit, choice)) is not None:
-            edit.replace(node, total)
+        new = simplify.residual(node, edit, choice) or simplify.bias_gelu(node, edit, choice)
+        if new is not None:
+            edit.replace(node, new)
     _name_outputs(form, edit)
     form.drop_dead()
     check_structure(form, after="lowering to ONNX")

@@ -31,6 +31,17 @@ def recognise_masks(program: Program, edit: Editor) -> None:
                 edit.replace(node, edit.rebuild(node, attn_mask=None, is_causal=known[mask] == "triangle"))
 
 
+def closes_no_row(node: fx.Node, program: Program) -> bool:
+    """Does the mask of an Attention leave each row something? A finite one does, and the triangle alone: its first key."""
+    mask = argument(node, "mask")
+    if mask is None:
+        return True
+    tensor = program.tensors[str(mask.target)] if mask.op == "get_attr" else None
+    if argument(node, "causal") or tensor is None or not tensor.is_floating_point():
+        return False
+    return bool(torch.isfinite(tensor).all())
+
+
 def _kind(program: Program, mask: fx.Node, length: Any) -> str:
     """Evaluate at several lengths: past every literal of the mask's own, where a window would show, and to tables' ends."""
     nodes = _cone(mask)

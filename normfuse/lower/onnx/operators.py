@@ -78,6 +78,25 @@ ATTENTION = _define(
 )
 """Heads (batch, heads, length, width), or side by side (batch, length, heads * width)."""
 
+
+
+def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    return x @ y * scale
+
+
+SCALED_PRODUCT = _define(
+    "scaled_product(Tensor x, Tensor y, float scale) -> Tensor", _scaled_product, lambda x, y, scale: x @ y
+)
+"""Matrix product times a number, one operator of onnxruntime's own."""
+
+
+def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return functional.gelu(x + bias)
+
+
+BIAS_GELU = _define("bias_gelu(Tensor x, Tensor bias) -> Tensor", _bias_gelu, _like_first)
+"""gelu(x + bias) with the error function, one pass over memory in onnxruntime."""
+
 GEMM = _define("gemm(Tensor x, Tensor weight, Tensor? bias) -> Tensor", _gemm, _gemm_fake)
 
 

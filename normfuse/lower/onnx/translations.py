@@ -9,6 +9,8 @@ from normfuse.lower.onnx import operators
 
 Table = dict[Any, Callable[..., Any]]
 DOMAIN = "normfuse"
+RUNTIME = "com.microsoft"
+"""Operators that onnxruntime brings along; only `target="onnxruntime"` has them."""
 
 
 def translations(opset: int) -> Table:
@@ -29,6 +31,12 @@ def translations(opset: int) -> Table:
     def attention(q: Any, k: Any, v: Any, mask: Any, q_heads: int, kv_heads: int, causal: bool, scale: float) -> Any:
         counts = {"q_num_heads": q_heads, "kv_num_heads": kv_heads} if len(q.shape) == 3 else {}
         return op.Attention(q, k, v, mask, is_causal=int(causal), scale=scale, **counts)[0]
+
+    def scaled_product(x: Any, y: Any, scale: float) -> Any:
+        return _operator(RUNTIME, "FusedMatMul", inputs=2, alpha="FLOAT")(x, y, alpha=scale)
+
+    def bias_gelu(x: Any, bias: Any) -> Any:
+        return _operator(RUNTIME, "BiasGelu", inputs=2)(x, bias)
 
     def gemm(x: Any, weight: Any, bias: Any) -> Any:
         return op.Gemm(x, weight, bias, transB=1)
@@ -66,6 +74,8 @@ def translations(opset: int) -> Table:
         operators.LAYER_NORM.default: layer_norm,
         operators.RMS_NORM.default: rms_norm,
         operators.ATTENTION.default: attention,
+        operators.SCALED_PRODUCT.default: scaled_product,
+        operators.BIAS_GELU.default: bias_gelu,
         operators.GEMM.default: gemm,
     }
 
