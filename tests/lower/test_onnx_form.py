@@ -235,3 +235,49 @@ def test_attention_without_heads_and_with_other_widths(tmp_path: Path) -> None:
 
     args = (torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 6))
     assert written(Bare(), args, tmp_path / "a.onnx")["Attention"] == 1
+
+
+class Turned(nn.Module):
+    """Axes there and back, and twice round."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        back = self.linear(x).transpose(1, 2).permute(0, 2, 1)
+        return F.relu(back), F.relu(self.linear(back)[:, None].permute(0, 2, 3, 1).transpose(0, 2))
+
+
+def test_axes_that_come_back_are_not_moved(tmp_path: Path) -> None:
+    operators = written(Turned(), (torch.randn(2, 5, CHANNELS),), tmp_path / "a.onnx")
+    assert operators["Transpose"] == 1
+
+
+class Patches(nn.Module):
+    """Convolutions with two outputs per input channel, as FastViT's patch embedding has them."""
+
+    def __init__(self, groups: int, read_twice: bool = False, pointwise: bool = True) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, groups, 3)
+        self.large = nn.Conv2d(groups, 2 * groups, 7, stride=2, padding=3, groups=groups)
+        self.after = nn.Conv2d(2 * groups, 24, 1)
+        self.read_twice, self.pointwise = read_twice, pointwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.large(self.before(x))
+        z = F.gelu(y) if self.pointwise else y
+        out = self.after(z)
+        return out + y.mean() if self.read_twice else out
+
+
+@pytest.mark.parametrize("pointwise", [True, False])
+def test_outputs_per_group_are_depthwise_convolutions(pointwise: bool, tmp_path: Path) -> None:
+    operators = written(Patches(48, pointwise=pointwise), (torch.randn(2, 3, 34, 34),), tmp_path / "a.onnx")
+    assert operators["Conv"] == 4 and operators["Concat"] == 1
+
+
+@pytest.mark.parametrize("model", [Patches(48, read_twice=True), Patches(12)], ids=["read twice", "no whole blocks"])
+def test_a_grouped_convolution_stays_one(model: nn.Module, tmp_path: Path) -> None:
+    operators = written(model, (torch.randn(2, 3, 34, 34),), tmp_path / "a.onnx")
+    assert operators["Conv"] == 3 and "Concat" not in operators

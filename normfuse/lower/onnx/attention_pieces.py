@@ -76,4 +76,5 @@ def _heads(x: fx.Node, heads: int, edit: Editor, order: tuple[int, ...]) -> Valu
 def _triangle(program: Program, length: Any, like: fx.Node) -> fx.Node:
     closed = torch.ones(length, length, dtype=torch.bool).triu(1)
     kind = like.meta["val"].dtype
-    return constant(program, f"normfuse_triangle_{length}", torch.zeros(length, length, dtype=kind).masked_fill(closed, -torch.inf))
+    mask = torch.zeros(length, length, dtype=kind).masked_fill(closed, -torch.inf)
+    return constant(program, f"normfuse_triangle_{length}", mask)

@@ -192,6 +192,26 @@ def _gelu(form: str) -> Callable[[int, int, int], Spelling]:
     return build
 
 
+def _grouped(apart: bool) -> Callable[[int, int, int, int], Spelling]:
+    """Between two convolutions over all channels, as such ones stand in models: the layout they leave is part of it."""
+
+    def build(groups: int, per_group: int, kernel: int, side: int) -> Spelling:
+        helper = _helper()
+
+        count = per_group if apart else 1
+        each = groups * per_group // count
+        window = {"kernel_shape": [kernel] * 2, "pads": [kernel // 2] * 4, "group": groups}
+        weights = {"before": _draw(groups, 16, 1, 1), "after": _draw(16, groups * per_group, 1, 1)}
+        weights |= {f"w{i}": _draw(each, 1, kernel, kernel) for i in range(count)}
+        nodes = [helper.make_node("Conv", ["x", "before"], ["b"])]
+        nodes += [helper.make_node("Conv", ["b", f"w{i}"], [f"y{i}"], **window) for i in range(count)]
+        nodes.append(helper.make_node("Concat", [f"y{i}" for i in range(count)], ["y"], axis=1))
+        nodes.append(helper.make_node("Conv", ["y", "after"], ["o"]))
+        return nodes, {"x": (1, 16, side, side)}, weights
+
+    return build
+
+
 _ROWS = ((128, 768), (197, 192), (784, 192))
 _HEADS = (
     (1, 128, 768, 12), (1, 197, 192, 3), (1, 197, 768, 12), (64, 49, 96, 3), (4, 49, 384, 12), (4, 128, 768, 12),
@@ -201,10 +221,12 @@ _HIDDEN = (
     (128, 768, 3072), (197, 192, 768), (49, 768, 3072), (196, 384, 1536), (784, 192, 768), (3136, 96, 384),
     (1024, 768, 3072), (1576, 192, 768), (25088, 96, 384),
 )  # fmt: skip
+_GROUPED = ((48, 2, 7, 32), (96, 2, 7, 16), (192, 2, 7, 8), (64, 2, 3, 28), (32, 4, 3, 56))
 QUESTIONS: Mapping[str, tuple[Mapping[str, Callable[..., Spelling]], tuple[Size, ...]]] = {
     "attention": ({"Attention": _attention, "MultiHeadAttention": _multi_head, "MatMul and Softmax": _products}, _HEADS),
     "sum before a norm": ({"Sum": _residual("Sum"), "Add": _residual("Add")}, _ROWS),
     "gelu after a bias": ({"Gelu": _gelu("Gelu"), "BiasGelu": _gelu("BiasGelu")}, _HIDDEN),
+    "grouped convolution": ({"Conv": _grouped(False), "depthwise Conv and Concat": _grouped(True)}, _GROUPED),
 }
 """What is decided by measuring: the answers, and the sizes to ask at: (batch, length, channels, heads), (rows, channels),
-(rows, channels, hidden channels)."""
+(rows, channels, hidden channels), (groups, outputs per group, kernel, side of the output)."""

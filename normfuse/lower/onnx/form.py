@@ -9,6 +9,7 @@ from normfuse.lower.onnx.attention import lower_attention
 from normfuse.lower.onnx.attention_bias import drop_attention_biases
 from normfuse.lower.onnx.attention_pieces import spell_attention
 from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.depthwise import split_grouped
 from normfuse.lower.onnx.experts import lower_experts
 from normfuse.lower.onnx.linear import lower_linear, unflatten_products
 from normfuse.lower.onnx.masks import recognise_masks
@@ -26,9 +27,10 @@ def onnx_form(program: Program, choice: Choice) -> Program:
     form = program.copy()
     edit = Editor(form, "lower_onnx", Log())
     for node in list(form.graph.nodes):
-        same = simplify.zero_pad(node, edit) or simplify.fourier(node, edit) or simplify.part(node, edit)
-        if same is not None:
-            edit.replace(node, same)
+        for rewrite in simplify.EARLY:
+            if (same := rewrite(node, edit)) is not None:
+                edit.replace(node, same)
+                break
     lower_experts(form, edit)
     unflatten_products(form, edit)
     recognise_masks(form, edit)
@@ -36,6 +38,7 @@ def onnx_form(program: Program, choice: Choice) -> Program:
     if count := drop_attention_biases(form, edit):
         choice.decisions.append(f"{count} biases of keys and values dropped or moved behind the attention")
     spell_attention(form, edit, choice)
+    split_grouped(form, edit, choice)
     lower_linear(form, edit)
     gather_rows(form, edit)
     for node in list(form.graph.nodes):

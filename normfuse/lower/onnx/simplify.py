@@ -56,6 +56,31 @@ def _sizes(x: fx.Node, wanted: tuple[Dim, ...]) -> list[int] | None:
     return sizes
 
 
+def turned_back(node: fx.Node, edit: Editor) -> Value | None:
+    """Axes that are moved twice are moved once, or not at all."""
+    source = node.args[0] if node.args else None
+    first, second = order(source), order(node)
+    if first is None or second is None:
+        return None
+    assert isinstance(source, fx.Node)
+    both = [first[axis] for axis in second]
+    root = source.args[0]
+    assert isinstance(root, fx.Node)
+    return edit.value(root) if both == sorted(both) else edit.call(aten.permute.default, root, both)
+
+
+def order(node: object) -> list[int] | None:
+    """For each axis of a permute or transpose the axis of its input."""
+    if not isinstance(node, fx.Node) or not is_op(node, aten.permute, aten.transpose, aten.t):
+        return None
+    axes = list(range(rank(node)))
+    if is_op(node, aten.permute):
+        return [axis % len(axes) for axis in argument(node, "dims")]
+    i, j = (argument(node, "dim0"), argument(node, "dim1")) if is_op(node, aten.transpose) else (0, -1)
+    axes[i], axes[j] = axes[j], axes[i]
+    return axes
+
+
 def zero_pad(node: fx.Node, edit: Editor) -> Value | None:
     """A padding by nothing is a copy."""
     if not is_op(node, aten.pad, aten.constant_pad_nd) or any(argument(node, "pad")):
@@ -146,3 +171,7 @@ def _rounded_up(edit: Editor, x: fx.Node, axis: int, count: int) -> Value:
     """The size of all chunks but the last."""
     more = edit.call(operator.add, edit.call(aten.sym_size.int, x, axis), count - 1)
     return edit.call(operator.floordiv, more, count)
+
+
+EARLY = (zero_pad, turned_back, fourier, part)
+"""What is done on the way in, before other lowerings look."""
