@@ -44,8 +44,8 @@ class Case:
             module = _settled(self.make().eval())
         return module.to(self.weights or self.dtype)
 
-    def example(self) -> tuple[Tensor, ...]:
-        with _seeded(self.name + " inputs"):
+    def example(self, draw: int = 0) -> tuple[Tensor, ...]:
+        with _seeded(self.name + " inputs" + str(draw or "")):
             return tuple(a.to(self.dtype) if a.is_floating_point() else a for a in self.inputs())
 
 

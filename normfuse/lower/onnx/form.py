@@ -51,7 +51,11 @@ def onnx_form(program: Program, choice: Choice) -> Program:
             if new is not None:
                 edit.replace(node, new)
     for node in list(form.graph.nodes):
-        new = simplify.residual(node, edit, choice) or simplify.bias_gelu(node, edit, choice)
+        new = (
+            simplify.residual(node, edit, choice)
+            or simplify.bias_gelu(node, edit, choice)
+            or simplify.gate_before_norm(node, edit)
+        )
         if new is not None:
             edit.replace(node, new)
     _name_outputs(form, edit)

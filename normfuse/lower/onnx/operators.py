@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from normfuse import ops
+
 _library = torch.library.Library("normfuse_onnx", "DEF")
 
 
@@ -41,6 +43,37 @@ LAYER_NORM = _define(
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, int axis, float eps) -> Tensor", _layer_norm, _like_first
 )
 RMS_NORM = _define("rms_norm(Tensor x, Tensor weight, int axis, float eps) -> Tensor", _rms_norm, _like_first)
+
+
+def _instance_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return functional.instance_norm(x, weight=weight, bias=bias, eps=eps)
+
+
+INSTANCE_NORM = _define(
+    "instance_norm(Tensor x, Tensor weight, Tensor bias, float eps) -> Tensor", _instance_norm, _like_first
+)
+
+
+def _standardize(x: Tensor, weight: Tensor, axis: int, eps: float, place: str, centre: bool, ddof: int) -> Tensor:
+    return ops.standardize(x, range(axis, 0), weight, eps=eps, place=place, centre=centre, ddof=ddof)
+
+
+def _crms_norm(x: Tensor, weight: Tensor, axis: int, eps: float) -> Tensor:
+    return ops.crms_norm(x, range(axis, 0), weight, eps=eps)
+
+
+def _l2_norm(x: Tensor, axes: list[int], eps: float, place: str) -> Tensor:
+    return ops.l2_norm(x, axes, eps=eps, place=place)
+
+
+STANDARDIZE = _define(
+    "standardize(Tensor x, Tensor weight, int axis, float eps, str place, bool centre, int ddof) -> Tensor",
+    _standardize,
+    _like_first,
+)
+CRMS_NORM = _define("crms_norm(Tensor x, Tensor weight, int axis, float eps) -> Tensor", _crms_norm, _like_first)
+L2_NORM = _define("l2_norm(Tensor x, int[] axes, float eps, str place) -> Tensor", _l2_norm, _like_first)
+"""What ONNX has no operator for: functions in the file."""
 
 
 def _attention(

@@ -125,6 +125,25 @@ def bias_gelu(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
         return edit.call(operators.BIAS_GELU.default, product, bias)
 
 
+_NORMS = (operators.LAYER_NORM, operators.RMS_NORM, operators.STANDARDIZE, operators.L2_NORM, operators.CRMS_NORM)
+
+
+def gate_before_norm(node: fx.Node, edit: Editor) -> Value | None:
+    """x * silu(g) and x * sigmoid(g) under a norm, by exp: runtimes' Sigmoid is good to 1e-7 of 1, but not of itself.
+
+    A norm makes rows of small numbers large, and their errors with them.
+    """
+    if not is_op(node, aten.silu, aten.sigmoid) or dtype(node) not in (torch.float32, torch.float64):
+        return None
+    products = [user for user in node.users if is_op(user, aten.mul)]
+    if not any(is_op(reader, *_NORMS) for product in (node, *products) for reader in product.users):
+        return None
+    with edit.at(node):
+        x = edit.value(argument(node, "self"))
+        below = edit.call(aten.add.Tensor, edit.call(aten.exp.default, edit.call(aten.neg.default, x)), 1.0)
+        return x / below if is_op(node, aten.silu) else edit.call(aten.reciprocal.default, below)
+
+
 def rows(node: fx.Node) -> int:
     """How many rows a tensor has; a free size counts as a batch of 1 in front, as 128 anywhere else."""
     sizes = [s if isinstance(s, int) else 128 if place else 1 for place, s in enumerate(shape(node)[:-1])]

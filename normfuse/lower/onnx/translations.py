@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from normfuse.lower.onnx import operators
+from normfuse.lower.onnx.functions import DOMAIN, Norm
 
 Table = dict[Any, Callable[..., Any]]
-DOMAIN = "normfuse"
 RUNTIME = "com.microsoft"
 """Operators that onnxruntime brings along; only `target="onnxruntime"` has them."""
 
@@ -18,25 +18,41 @@ def translations(opset: int) -> Table:
     from onnxscript import values
 
     op: Any = values.Opset("", opset)
-    function = _operator(DOMAIN, "RMSNorm", inputs=2, axes="INTS", epsilon="FLOAT") if opset < 23 else None
+
+    def function(norm: Norm, x: Any, *weight: Any, **attributes: Any) -> Any:
+        return _operator(DOMAIN, norm.name, 1 + len(weight), norm.attributes)(x, *weight, **attributes)
 
     def layer_norm(x: Any, weight: Any, bias: Any, axis: int, eps: float) -> Any:
         return op.LayerNormalization(x, weight, bias, axis=axis, epsilon=eps)[0]
 
     def rms_norm(x: Any, weight: Any, axis: int, eps: float) -> Any:
-        if function is not None:
-            return function(x, weight, axes=list(range(axis, 0)), epsilon=eps)
+        if opset < 23:
+            return function(Norm("RMSNorm", half=_is_half(x)), x, weight, axes=list(range(axis, 0)), epsilon=eps)
         return op.RMSNormalization(x, weight, axis=axis, epsilon=eps)
+
+    def instance_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
+        return op.InstanceNormalization(x, weight, bias, epsilon=eps)
+
+    def standardize(x: Any, weight: Any, axis: int, eps: float, place: str, centre: bool, ddof: int) -> Any:
+        norm = Norm("LayerNorm" if centre else "RMSNorm", place, ddof != 0, _is_half(x))
+        more = {"ddof": ddof} if ddof else {}
+        return function(norm, x, weight, axes=list(range(axis, 0)), epsilon=eps, **more)
+
+    def crms_norm(x: Any, weight: Any, axis: int, eps: float) -> Any:
+        return function(Norm("CRMSNorm", half=_is_half(x)), x, weight, axes=list(range(axis, 0)), epsilon=eps)
+
+    def l2_norm(x: Any, axes: list[int], eps: float, place: str) -> Any:
+        return function(Norm("L2Norm", place, half=_is_half(x)), x, axes=axes, epsilon=eps)
 
     def attention(q: Any, k: Any, v: Any, mask: Any, q_heads: int, kv_heads: int, causal: bool, scale: float) -> Any:
         counts = {"q_num_heads": q_heads, "kv_num_heads": kv_heads} if len(q.shape) == 3 else {}
         return op.Attention(q, k, v, mask, is_causal=int(causal), scale=scale, **counts)[0]
 
     def scaled_product(x: Any, y: Any, scale: float) -> Any:
-        return _operator(RUNTIME, "FusedMatMul", inputs=2, alpha="FLOAT")(x, y, alpha=scale)
+        return _operator(RUNTIME, "FusedMatMul", 2, {"alpha": "FLOAT"})(x, y, alpha=scale)
 
     def bias_gelu(x: Any, bias: Any) -> Any:
-        return _operator(RUNTIME, "BiasGelu", inputs=2)(x, bias)
+        return _operator(RUNTIME, "BiasGelu", 2, {})(x, bias)
 
     def gemm(x: Any, weight: Any, bias: Any) -> Any:
         return op.Gemm(x, weight, bias, transB=1)
@@ -73,6 +89,10 @@ def translations(opset: int) -> Table:
         operators.RESHAPE.default: reshape,
         operators.LAYER_NORM.default: layer_norm,
         operators.RMS_NORM.default: rms_norm,
+        operators.INSTANCE_NORM.default: instance_norm,
+        operators.STANDARDIZE.default: standardize,
+        operators.CRMS_NORM.default: crms_norm,
+        operators.L2_NORM.default: l2_norm,
         operators.ATTENTION.default: attention,
         operators.SCALED_PRODUCT.default: scaled_product,
         operators.BIAS_GELU.default: bias_gelu,
@@ -80,60 +100,25 @@ def translations(opset: int) -> Table:
     }
 
 
-def _operator(domain: str, name: str, *, inputs: int, optional: int = 0, **attributes: str) -> Any:
-    """An operator that onnx itself has no schema of: the first `inputs` are required, `optional` more may be left out."""
+def _is_half(x: Any) -> bool:
+    return x.dtype.name in ("FLOAT16", "BFLOAT16")
+
+
+def _operator(domain: str, name: str, inputs: int, attributes: Mapping[str, str]) -> Any:
+    """An operator that onnx itself has no schema of."""
     from onnx.defs import OpSchema
     from onnxscript import values
 
-    kinds = ["T"] * inputs + ["S"] * optional
-    parameters = [
-        OpSchema.FormalParameter(
-            f"x{i}",
-            kind,
-            param_option=OpSchema.FormalParameterOption.Single if i < inputs else OpSchema.FormalParameterOption.Optional,
-        )
-        for i, kind in enumerate(kinds)
-    ]
-    anything = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double", "int32", "int64", "bool")]
+    anything = [f"tensor({t})" for t in ("float", "float16", "bfloat16", "double")]
     schema = OpSchema(
         name,
         domain,
         1,
-        inputs=parameters,
+        inputs=[OpSchema.FormalParameter(f"x{i}", "T") for i in range(inputs)],
         outputs=[OpSchema.FormalParameter("y", "T")],
-        type_constraints=[("T", anything, ""), *([("S", anything, "")] if optional else [])],
+        type_constraints=[("T", anything, "")],
         attributes=[
             OpSchema.Attribute(key, getattr(OpSchema.AttrType, kind), required=False) for key, kind in attributes.items()
         ],
     )
     return values.Op(values.Opset(domain, 1), name, schema)
-
-
-_BODIES = {
-    "RMSNorm": """
-        <opset_import: ["" : {opset}], domain: "normfuse">
-        RMSNorm <axes, epsilon> (x, weight) => (y) {{
-            wide = Cast <to = 1> (x)
-            axis = Constant <value_ints: ints = @axes> ()
-            squares = Mul (wide, wide)
-            mean = ReduceMean (squares, axis)
-            small = Constant <value_float: float = @epsilon> ()
-            sum = Add (mean, small)
-            root = Sqrt (sum)
-            unit = Div (wide, root)
-            narrow = CastLike (unit, x)
-            y = Mul (narrow, weight)
-        }}
-    """
-}
-
-
-def add_functions(model: Any, opset: int) -> None:
-    """Bodies of standard operators for the operators of our own domain that the model calls."""
-    import onnx.parser
-    import onnx_ir as ir
-
-    for name in {node.op_type for node in model.graph.all_nodes() if node.domain == DOMAIN}:
-        function = ir.serde.deserialize_function(onnx.parser.parse_function(_BODIES[name].format(opset=opset)))
-        model.functions[function.identifier()] = function
-        model.opset_imports[DOMAIN] = 1

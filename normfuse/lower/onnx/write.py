@@ -22,8 +22,9 @@ from normfuse.errors import LoweringError
 from normfuse.lower.exported import to_exported
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.form import onnx_form
+from normfuse.lower.onnx.functions import add_functions
 from normfuse.lower.onnx.names import name_values
-from normfuse.lower.onnx.translations import add_functions, translations
+from normfuse.lower.onnx.translations import translations
 from normfuse.program import Program
 
 TARGETS = ("onnxruntime", "onnx")
