@@ -73,6 +73,9 @@ def markdown(result: Result, title: str, plot: str = "") -> str:
     ]
     if plot:
         parts.append(f"![speed by model and contender]({plot})")
+    if profiles := _profiles(result):
+        columns = ["model", "products, convolutions, attention", "the rest"]
+        parts += ["## Where the time of normfuse goes, by onnxruntime's profile", _markdown_table(columns, profiles)]
     for what, form, of in (
         ("First call, seconds (export, optimization and compilation included)", "{:.1f}", lambda c: c.first_call_seconds),
         ("Peak memory of a timed process, MB", "{:.0f}", lambda c: c.of("peak_megabytes")),
@@ -85,6 +88,23 @@ def markdown(result: Result, title: str, plot: str = "") -> str:
         ]
         parts += [f"## {what}", _markdown_table(["model", *names(result)], rows)]
     return "\n\n".join(parts) + "\n"
+
+
+_HEAVY = ("Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Conv", "FusedConv", "Attention")
+_SHOWN = 4
+
+
+def _profiles(result: Result) -> list[list[str]]:
+    """Per model what share goes into the arithmetic that has a ceiling, and which operators hold the rest back."""
+    rows: list[list[str]] = []
+    for (model, batch), cells in result.cells.items():
+        cell = cells.get("normfuse-onnxruntime")
+        shares: dict[str, float] = cell.prepared.get("profile", {}) if cell else {}
+        if shares:
+            rest = [(name, share) for name, share in shares.items() if name not in _HEAVY][:_SHOWN]
+            heavy = sum(share for name, share in shares.items() if name in _HEAVY)
+            rows.append([f"{model} x {batch}", f"{heavy:.0%}", ", ".join(f"{name} {share:.1%}" for name, share in rest)])
+    return rows
 
 
 def _markdown_table(columns: list[str], rows: list[list[str]]) -> str:

@@ -117,6 +117,7 @@ def _first_run(work: Path, contender: str, started: float) -> dict[str, Any]:
 def _prepare_normfuse(loaded: Loaded, work: Path) -> dict[str, Any]:
     """The module as a user has it for the first call and the error, then the same program as a file for the rounds."""
     import normfuse
+    from normfuse.lower.onnx import peers
 
     started = time.perf_counter()
     optimized = normfuse.optimize(
@@ -127,7 +128,8 @@ def _prepare_normfuse(loaded: Loaded, work: Path) -> dict[str, Any]:
     told = {"first_call_seconds": first, "error": _error(outputs, work), "fired": optimized.report.fired}
     told["module_milliseconds"] = _milliseconds(lambda: optimized(*loaded.args, **loaded.kwargs), 1.5)
     report = optimized.export_onnx(work / FILES["normfuse-onnxruntime"])
-    return told | {"operators": dict(report.operators), "decisions": list(report.decisions)}
+    shares = peers.profile(work / FILES["normfuse-onnxruntime"], torch.load(work / "inputs.pt", weights_only=True))
+    return told | {"operators": dict(report.operators), "decisions": list(report.decisions), "profile": shares}
 
 
 _PREPARE: dict[str, Callable[[Loaded, Path], dict[str, Any]]] = {

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import normfuse
 from normfuse.benchmark import Plan, Result, estimate, read, rounds, run_benchmark
 from normfuse.benchmark.models import SUITES, load
 from normfuse.benchmark.result import Cell
 from normfuse.benchmark.show import markdown, plot
 from normfuse.errors import NormfuseError
+from normfuse.lower.onnx import peers
 
 KEY = ("gpt", 1)
 TIMES = {"eager": 40.0, "onnx": 20.0, "normfuse-onnxruntime": 16.0, "inductor": 30.0}
@@ -27,7 +30,7 @@ def spawned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if step.kind == "reference":
             return {"gflop": 2.0, "ceiling_gflops": 500.0, "eager_error": 1e-6}, ""
         if step.kind == "prepare":
-            return {"first_call_seconds": 3.0}, ""
+            return {"first_call_seconds": 3.0, "profile": {"Gemm": 0.7, "Gelu": 0.2, "Conv": 0.1}}, ""
         if step.contender == "inductor":
             return {}, "it broke"
         return {"milliseconds": TIMES[step.contender], "error": 1e-6, "peak_megabytes": 9.0, "first_call_seconds": 1.0}, ""
@@ -71,9 +74,19 @@ def test_tables_tell_failures_and_the_geometric_mean(spawned: list[str], tmp_pat
     assert "failed: gpt x 8, inductor: it broke" in text
     assert "no model type" in text
     assert "geometric mean 1.250, least 1.250" in text
+    assert "| gpt x 8 | 80% | Gelu 20.0% |" in text
     assert str(result.settings["versions"]["torch"]) in text
     plot(result, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_a_profile_shares_out_the_time_of_the_operators(tmp_path: Path) -> None:
+    x = torch.randn(2, 64)
+    path = tmp_path / "a.onnx"
+    normfuse.export_onnx(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.GELU()).eval(), path, (x,))
+    shares = peers.profile(path, [x])
+    assert sum(shares.values()) == pytest.approx(1, abs=0.01)
+    assert shares["Gelu"] > 0 and list(shares.values()) == sorted(shares.values(), reverse=True)
 
 
 def test_another_file_is_no_saved_benchmark(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def domains(path: Path) -> set[str]:
 
 def sizes(entry: Entry) -> list[Example]:
     """The example, other batches, and another length where the architecture allows one."""
-    examples = [entry.example(), entry.example(batch=16), entry.example(batch=1)]
+    examples = [entry.example(), entry.example(batch=16), entry.example(batch=entry.least_batch)]
     if entry.vary_length and entry.free_length:
         examples.append(entry.example(batch=2, length=entry.length + 3))
     return examples

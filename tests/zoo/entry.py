@@ -34,6 +34,8 @@ class Entry:
     free_length: bool = True
     # Whether such a capture takes many times as long as a static one (symbolic image sides cut into windows).
     slow_dynamic: bool = False
+    # The smallest batch of such a capture: torch keeps a size that is a part of another one above 1.
+    least_batch: int = 1
 
     def example(self, batch: int = 2, length: int | None = None) -> Example:
         """(args, kwargs): the same tensors for the same sizes, whatever the global generator has seen."""

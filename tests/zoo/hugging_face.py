@@ -510,7 +510,7 @@ _ROWS: tuple[Entry, ...] = (
          lambda batch, length: ((), {"input_ids": _ids(2 * batch, length) % 60, "use_cache": False}),
          "audio decoder",
          TEXT | {"vocab_size": 64, "ffn_dim": 48, "num_codebooks": 2, "pad_token_id": 60, "bos_token_id": 60},
-         length=8, vary_length=True),
+         length=8, vary_length=True, least_batch=2),
 )
 # fmt: on
 

@@ -18,6 +18,8 @@ _LAYOUT = (
     aten.clone, aten.movedim, aten.swapaxes, aten.narrow, aten.t,
 )  # fmt: skip
 _PRIMES = (2, 3, 5, 7, 11, 13)
+_DOUBLINGS = 14
+"""What strided convolutions leave of a short signal is nothing: theirs are tried longer."""
 
 
 def is_layout(node: Any) -> bool:
@@ -117,15 +119,15 @@ def _is_merged(node: fx.Node, chain: Sequence[fx.Node], primes: Sequence[int]) -
 
 
 def _numbers(node: fx.Node, primes: Sequence[int]) -> dict[Any, int] | None:
-    """A prime for each free symbol of the node's shape."""
-    symbols: dict[Any, int] = {}
+    """A number for each free symbol of the node's shape: primes, doubled until no size is less than one."""
+    symbols: list[Any] = []
     for size in shape(node):
-        for symbol in sorted(getattr(expression(size), "free_symbols", ()), key=str):
-            if symbol not in symbols:
-                if len(symbols) == len(primes):
-                    return None
-                symbols[symbol] = primes[len(symbols)]
-    return symbols
+        symbols += [s for s in sorted(getattr(expression(size), "free_symbols", ()), key=str) if s not in symbols]
+    for doublings in range(_DOUBLINGS if len(symbols) <= len(primes) else 0):
+        numbers = {symbol: prime << doublings for symbol, prime in zip(symbols, primes, strict=False)}
+        if all(concrete(size, numbers) > 0 for size in shape(node)):
+            return numbers
+    return None
 
 
 def concrete(size: Any, numbers: Mapping[Any, int]) -> int:
