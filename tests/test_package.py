@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     wanted = {f"{name.replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
               for name, path in modules().items()}  # fmt: skip
-    assert set(names) == {*wanted, "normfuse/py.typed"}
+    assert set(names) == {*wanted, "normfuse/py.typed", "normfuse/lower/onnx/costs.json"}
 
 
 def test_the_wheel_declares_its_entry_points_and_licence(wheel: Path) -> None:
