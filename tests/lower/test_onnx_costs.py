@@ -79,6 +79,13 @@ def test_heads_that_leave_a_thread_idle_are_products(heads: int, threads: int, o
         assert onnx_runs.file_error(model, sizes, tmp_path / name) <= 2
 
 
+def test_what_has_no_kernel_stays_one_operator(tmp_path: Path) -> None:
+    """The products are float32 alone in onnxruntime's own operators."""
+    model = Block(3).eval().double()
+    told = normfuse.export_onnx(model, tmp_path / "a.onnx", (torch.randn(1, 49, 96, dtype=torch.float64),))
+    assert told.count("Attention") == 1 and told.count("FusedMatMul") == 0
+
+
 def test_the_bias_goes_where_the_table_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Block(4).eval(), torch.randn(1, 49, 96)
     for cheap, dear, count in (("Gelu", "BiasGelu", 0), ("BiasGelu", "Gelu", 1)):

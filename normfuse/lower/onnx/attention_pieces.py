@@ -15,7 +15,7 @@ from normfuse.lower.onnx import operators
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.masks import closes_no_row
 from normfuse.lower.onnx.tensors import constant
-from normfuse.node import argument, aten, is_op, rank, same_size, shape
+from normfuse.node import argument, aten, dtype, is_op, rank, same_size, shape
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Value
 
@@ -39,7 +39,8 @@ def _can_be_pieces(node: fx.Node, program: Program) -> bool:
     q, k, causal = (argument(node, name) for name in ("q", "k", "causal"))
     square = same_size(shape(q)[-2], shape(k)[-2]) and isinstance(shape(q)[-2], int)
     same_heads = argument(node, "q_heads") == argument(node, "kv_heads")
-    return same_heads and closes_no_row(node, program) and (square or not causal)
+    known = dtype(q) == torch.float32  # what onnxruntime has the scaled product for on a CPU
+    return known and same_heads and closes_no_row(node, program) and (square or not causal)
 
 
 def _size(node: fx.Node) -> tuple[int, int, int, int]:

@@ -71,13 +71,14 @@ def turned_back(node: fx.Node, edit: Editor) -> Value | None:
 
 def order(node: object) -> list[int] | None:
     """For each axis of a permute or transpose the axis of its input."""
-    if not isinstance(node, fx.Node) or not is_op(node, aten.permute, aten.transpose, aten.t):
+    if not isinstance(node, fx.Node) or not is_op(node, aten.permute, aten.transpose):
         return None
     axes = list(range(rank(node)))
     if is_op(node, aten.permute):
         return [axis % len(axes) for axis in argument(node, "dims")]
-    i, j = (argument(node, "dim0"), argument(node, "dim1")) if is_op(node, aten.transpose) else (0, -1)
-    axes[i], axes[j] = axes[j], axes[i]
+    i, j = argument(node, "dim0"), argument(node, "dim1")
+    if axes:
+        axes[i], axes[j] = axes[j], axes[i]
     return axes
 
 
