@@ -200,7 +200,7 @@ def test_every_architecture_that_can_be_written_is_equal(name: str, target: str,
 SOME = (
     "layer_norm_timm2d", "layer_norm_batched_dot", "layer_norm_biased_std_eps_outside", "layer_norm_group_norm_of_rows",
     "rms_norm_gemma", "rms_norm_two_axes", "rms_norm_gated_before", "l2_norm_normalize", "group_norm_paper",
-    "instance_module",
+    "instance_module", "further_gated_groups",
 )  # fmt: skip
 KINDS = ("layer_norm", "rms_norm", "l2_norm", "group_norm", "instance_norm")
 DRAWS = 8

@@ -10,6 +10,7 @@ from torch import fx
 
 from normfuse.lower.onnx import operators
 from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.layout import is_layout
 from normfuse.node import Dim, argument, aten, dtype, is_getitem, is_one, is_op, is_weight, rank, same_size, shape
 from normfuse.rewrite import Editor, Value
 
@@ -136,13 +137,25 @@ def gate_before_norm(node: fx.Node, edit: Editor) -> Value | None:
     """
     if not is_op(node, aten.silu, aten.sigmoid) or dtype(node) not in (torch.float32, torch.float64):
         return None
-    products = [user for user in node.users if is_op(user, aten.mul)]
-    if not any(is_op(reader, *_NORMS) for product in (node, *products) for reader in product.users):
+    if not _is_normed(node):
         return None
     with edit.at(node):
         x = edit.value(argument(node, "self"))
         below = edit.call(aten.add.Tensor, edit.call(aten.exp.default, edit.call(aten.neg.default, x)), 1.0)
         return x / below if is_op(node, aten.silu) else edit.call(aten.reciprocal.default, below)
+
+
+def _is_normed(node: fx.Node) -> bool:
+    """Does a norm read the node, or a product with it, perhaps in another layout?"""
+    pending, seen = [node], {node}
+    while pending:
+        for user in pending.pop().users:
+            if is_op(user, *_NORMS, operators.INSTANCE_NORM):
+                return True
+            if user not in seen and (is_layout(user) or is_op(user, aten.mul, aten._to_copy, aten.to, operators.RESHAPE)):
+                seen.add(user)
+                pending.append(user)
+    return False
 
 
 def rows(node: fx.Node) -> int:
