@@ -12,15 +12,12 @@ import torch
 from torch import fx
 
 from normfuse.lower.onnx import operators
-from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.choice import Choice, nominal
 from normfuse.lower.onnx.masks import closes_no_row
 from normfuse.lower.onnx.tensors import constant
 from normfuse.node import argument, aten, dtype, is_op, rank, same_size, shape
 from normfuse.program import Program
 from normfuse.rewrite import Editor, Value
-
-_BATCH, _LENGTH = 1, 128
-"""What a free size is taken for in the table of measurements."""
 
 
 def spell_attention(program: Program, edit: Editor, choice: Choice) -> None:
@@ -46,8 +43,8 @@ def _can_be_pieces(node: fx.Node, program: Program) -> bool:
 def _size(node: fx.Node) -> tuple[int, int, int, int]:
     """(batch, length, channels, heads), as the table has them."""
     q, heads = argument(node, "q"), argument(node, "q_heads")
-    batch, length, last = (s if isinstance(s, int) else 0 for s in (shape(q)[0], shape(q)[-2], shape(q)[-1]))
-    return batch or _BATCH, length or _LENGTH, last if rank(q) == 3 else last * heads, heads
+    batch, *_, length, last = nominal(shape(q))
+    return batch, length, last if rank(q) == 3 else last * heads, heads
 
 
 def _pieces(node: fx.Node, edit: Editor) -> Value:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from normfuse.lower.onnx import costs
+from normfuse.node import Dim
 
 NOISE = 0.05
 """Two measurements of the same thing differ by so much of it."""
+
+
+def nominal(sizes: Sequence[Dim]) -> tuple[int, ...]:
+    """Sizes to look a cost up by: a free one is a batch of 1 in front, 128 anywhere else; none is 0."""
+    return tuple(max(size, 1) if isinstance(size, int) else 128 if place else 1 for place, size in enumerate(sizes))
 
 
 @dataclass

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.choice import Choice, nominal
 from normfuse.lower.onnx.tensors import constant
 from normfuse.node import argument, aten, is_op, shape
 from normfuse.program import Program
@@ -30,8 +30,8 @@ def split_grouped(program: Program, edit: Editor, choice: Choice) -> None:
         reader = _reader(node) if per_group > 1 else None
         if reader is None:
             continue
-        weight = argument(node, "weight")
-        size = (argument(node, "groups"), per_group, _number(shape(weight)[-1]), max(map(_number, shape(node)[2:])))
+        kernel, side = nominal(shape(argument(node, "weight")))[-1], max(nominal(shape(node))[2:])
+        size = (argument(node, "groups"), per_group, kernel, side)
         if choice.decide("grouped convolution", "Conv", "depthwise Conv and Concat", size=size) == "Conv":
             continue
         _split(node, reader, per_group, edit)
@@ -61,10 +61,6 @@ def _reader(node: fx.Node) -> fx.Node | None:
 
 def _is_tensor(node: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
-def _number(size: object) -> int:
-    return size if isinstance(size, int) else 64
 
 
 def _split(node: fx.Node, reader: fx.Node, count: int, edit: Editor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from normfuse.lower.onnx import operators
-from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.choice import Choice, nominal
 from normfuse.lower.onnx.layout import is_layout
 from normfuse.node import Dim, argument, aten, dtype, is_getitem, is_one, is_op, is_weight, rank, same_size, shape
 from normfuse.rewrite import Editor, Value
@@ -60,7 +60,7 @@ def _sizes(x: fx.Node, wanted: tuple[Dim, ...]) -> list[int] | None:
 def turned_back(node: fx.Node, edit: Editor) -> Value | None:
     """Axes that are moved twice are moved once, or not at all."""
     source = node.args[0] if node.args else None
-    first, second = order(source), order(node)
+    first, second = _order(source), _order(node)
     if first is None or second is None:
         return None
     assert isinstance(source, fx.Node)
@@ -70,7 +70,7 @@ def turned_back(node: fx.Node, edit: Editor) -> Value | None:
     return edit.value(root) if both == sorted(both) else edit.call(aten.permute.default, root, both)
 
 
-def order(node: object) -> list[int] | None:
+def _order(node: object) -> list[int] | None:
     """For each axis of a permute or transpose the axis of its input."""
     if not isinstance(node, fx.Node) or not is_op(node, aten.permute, aten.transpose):
         return None
@@ -100,10 +100,15 @@ def residual(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
     same = all(same_size(a, b) for a, b in zip(shape(x), shape(y), strict=True))
     if not same or not all(is_op(user, operators.LAYER_NORM, operators.RMS_NORM) for user in node.users):
         return None
-    if choice.decide("sum before a norm", "Sum", "Add", size=(rows(node), channels(node))) == "Add":
+    if choice.decide("sum before a norm", "Sum", "Add", size=_rows_and_channels(node)) == "Add":
         return None
     with edit.at(node):
         return edit.call(operators.SUM.default, x, y)
+
+
+def _rows_and_channels(node: fx.Node) -> tuple[int, int]:
+    *rows, channels = nominal(shape(node))
+    return max(1, math.prod(rows)), channels
 
 
 def bias_gelu(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
@@ -120,7 +125,8 @@ def bias_gelu(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
     weight = product.args[1]
     if not isinstance(weight, fx.Node) or not is_weight(weight) or rank(weight) != 2:
         return None
-    size = (rows(node), channels(weight, 0), channels(node))
+    rows, hidden = _rows_and_channels(node)
+    size = (rows, nominal(shape(weight))[0], hidden)
     if choice.decide("gelu after a bias", "Gelu", "BiasGelu", size=size) == "Gelu":
         return None
     with edit.at(node):
@@ -156,17 +162,6 @@ def _is_normed(node: fx.Node) -> bool:
                 seen.add(user)
                 pending.append(user)
     return False
-
-
-def rows(node: fx.Node) -> int:
-    """How many rows a tensor has; a free size counts as a batch of 1 in front, as 128 anywhere else."""
-    sizes = [s if isinstance(s, int) else 128 if place else 1 for place, s in enumerate(shape(node)[:-1])]
-    return max(1, math.prod(sizes))
-
-
-def channels(node: fx.Node, axis: int = -1) -> int:
-    size = shape(node)[axis]
-    return size if isinstance(size, int) else 128
 
 
 def fourier(node: fx.Node, edit: Editor) -> Value | None:
