@@ -281,3 +281,42 @@ def test_outputs_per_group_are_depthwise_convolutions(pointwise: bool, tmp_path:
 def test_a_grouped_convolution_stays_one(model: nn.Module, tmp_path: Path) -> None:
     operators = written(model, (torch.randn(2, 3, 34, 34),), tmp_path / "a.onnx")
     assert operators["Conv"] == 3 and "Concat" not in operators
+
+
+class Gated(nn.Module):
+    """Squeeze and excite between convolutions, the pool spelt in two ways."""
+
+    def __init__(self, channels: int = 32, pool: str = "mean", tail: bool = True) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, channels, 3, padding=1)
+        self.down, self.up = nn.Conv2d(channels, 8, 1), nn.Conv2d(8, channels, 1)
+        self.after = nn.Conv2d(channels, channels, 1)
+        self.pool, self.tail = pool, tail
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.before(x))
+        mean = y.mean((3, -2), keepdim=True) if self.pool == "mean" else F.adaptive_avg_pool2d(y, 1)
+        y = torch.sigmoid(self.up(F.relu(self.down(mean)))) * y
+        return y + self.after(y) if self.tail else y.flatten(2)
+
+
+@pytest.mark.parametrize("pool", ["mean", "adaptive"])
+def test_a_gate_on_channels_keeps_the_blocked_layout(pool: str, tmp_path: Path) -> None:
+    args = (torch.randn(2, 3, 12, 10),)
+    free = {"x": {0: torch.export.Dim.DYNAMIC}}
+    operators = written(Gated(pool=pool), args, tmp_path / "a.onnx", dynamic_shapes=free)
+    assert operators["Resize"] == operators["GlobalAveragePool"] == 1 and "ReduceMean" not in operators
+    standard = written(Gated(pool=pool), args, tmp_path / "b.onnx", dynamic_shapes=free, target="onnx")
+    assert "Resize" not in standard
+
+
+@pytest.mark.parametrize(
+    "model", [Gated(channels=20), Gated(tail=False)], ids=["no whole blocks", "no convolution reads it"]
+)
+def test_other_gates_are_multiplied_as_they_are(model: nn.Module, tmp_path: Path) -> None:
+    free = {"x": {0: torch.export.Dim.DYNAMIC}}
+    assert "Resize" not in written(model, (torch.randn(2, 3, 12, 10),), tmp_path / "a.onnx", dynamic_shapes=free)
+
+
+def test_a_gate_over_an_image_of_any_size_is_multiplied_as_it_is(tmp_path: Path) -> None:
+    assert "Resize" not in written(Gated(), (torch.randn(2, 3, 12, 10),), tmp_path / "a.onnx")

@@ -218,6 +218,42 @@ def _grouped(apart: bool) -> Callable[[int, int, int, int], Spelling]:
     return build
 
 
+def _gated(spread: bool) -> Callable[[int, int], Spelling]:
+    """Squeeze and excite between two convolutions, the second one's input added to its output."""
+
+    def build(channels: int, side: int) -> Spelling:
+        import numpy as np
+
+        helper = _helper()
+
+        weights = {"before": _draw(channels, 16, 1, 1), "down": _draw(16, channels, 1, 1), "up": _draw(channels, 16, 1, 1)}
+        weights |= {"after": _draw(channels, 1, 3, 3)}
+        nodes = [helper.make_node("Conv", ["x", "before"], ["b"])]
+        if spread:
+            nodes.append(helper.make_node("GlobalAveragePool", ["b"], ["mean"]))
+        else:
+            weights["axes"] = np.array([2, 3])
+            nodes.append(helper.make_node("ReduceMean", ["b", "axes"], ["mean"], keepdims=1))
+        nodes += [
+            helper.make_node("Conv", ["mean", "down"], ["low"]),
+            helper.make_node("Relu", ["low"], ["active"]),
+            helper.make_node("Conv", ["active", "up"], ["high"]),
+            helper.make_node("Sigmoid", ["high"], ["gate"]),
+        ]
+        if spread:
+            weights["scales"] = np.array([1, 1, side, side], np.float32)
+            way = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+            nodes.append(helper.make_node("Resize", ["gate", "", "scales"], ["spread"], **way))
+        nodes += [
+            helper.make_node("Mul", ["b", "spread" if spread else "gate"], ["y"]),
+            helper.make_node("Conv", ["y", "after"], ["z"], pads=[1] * 4, group=channels),
+            helper.make_node("Add", ["y", "z"], ["o"]),
+        ]
+        return nodes, {"x": (1, 16, side, side)}, weights
+
+    return build
+
+
 _ROWS = ((128, 768), (197, 192), (784, 192))
 _HEADS = (
     (1, 128, 768, 12), (1, 197, 192, 3), (1, 197, 768, 12), (64, 49, 96, 3), (4, 49, 384, 12), (4, 128, 768, 12),
@@ -228,11 +264,13 @@ _HIDDEN = (
     (1024, 768, 3072), (1576, 192, 768), (25088, 96, 384),
 )  # fmt: skip
 _GROUPED = ((48, 2, 7, 32), (96, 2, 7, 16), (192, 2, 7, 8), (64, 2, 3, 28), (32, 4, 3, 56))
+_GATED = ((48, 56), (96, 28), (192, 14), (384, 7), (96, 112), (672, 14))
 QUESTIONS: Mapping[str, tuple[Mapping[str, Callable[..., Spelling]], tuple[Size, ...]]] = {
     "attention": ({"Attention": _attention, "MultiHeadAttention": _multi_head, "MatMul and Softmax": _products}, _HEADS),
     "sum before a norm": ({"Sum": _residual("Sum"), "Add": _residual("Add")}, _ROWS),
     "gelu after a bias": ({"Gelu": _gelu("Gelu"), "BiasGelu": _gelu("BiasGelu")}, _HIDDEN),
     "grouped convolution": ({"Conv": _grouped(False), "depthwise Conv and Concat": _grouped(True)}, _GROUPED),
+    "gate on channels": ({"Mul": _gated(False), "Resize and Mul": _gated(True)}, _GATED),
 }
 """What is decided by measuring: the answers, and the sizes to ask at: (batch, length, channels, heads), (rows, channels),
-(rows, channels, hidden channels), (groups, outputs per group, kernel, side of the output)."""
+(rows, channels, hidden channels), (groups, outputs per group, kernel, side of the output), (channels, side)."""

@@ -15,9 +15,9 @@ from normfuse.node import argument, aten, is_op, shape
 from normfuse.program import Program
 from normfuse.rewrite import Editor
 
-_BLOCK = 16
+BLOCK = 16
 """Channels of a block: what is joined must be whole blocks."""
-_POINTWISE = (
+POINTWISE = (
     aten.relu, aten.relu6, aten.gelu, aten.silu, aten.sigmoid, aten.tanh, aten.hardswish, aten.hardtanh, aten.clamp,
     aten.leaky_relu, aten.elu,
 )  # fmt: skip
@@ -42,7 +42,7 @@ def _per_group(node: fx.Node) -> int:
     if not is_op(node, aten.conv2d):
         return 0
     weight, bias, groups = argument(node, "weight"), argument(node, "bias"), argument(node, "groups")
-    if not _is_tensor(weight) or not (bias is None or _is_tensor(bias)) or shape(weight)[1] != 1 or groups % _BLOCK:
+    if not _is_tensor(weight) or not (bias is None or _is_tensor(bias)) or shape(weight)[1] != 1 or groups % BLOCK:
         return 0
     return int(shape(weight)[0]) // int(groups)
 
@@ -52,7 +52,7 @@ def _reader(node: fx.Node) -> fx.Node | None:
     current = node
     while len(current.users) == 1:
         before, current = current, next(iter(current.users))
-        if is_op(current, *_POINTWISE) and current.all_input_nodes == [before]:
+        if is_op(current, *POINTWISE) and current.all_input_nodes == [before]:
             continue
         whole = is_op(current, aten.conv2d) and argument(current, "groups") == 1 and argument(current, "input") is before
         return current if whole and _is_tensor(argument(current, "weight")) else None

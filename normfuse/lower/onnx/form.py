@@ -11,6 +11,7 @@ from normfuse.lower.onnx.attention_pieces import spell_attention
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.depthwise import split_grouped
 from normfuse.lower.onnx.experts import lower_experts
+from normfuse.lower.onnx.gates import spread_gates
 from normfuse.lower.onnx.linear import lower_linear, unflatten_products
 from normfuse.lower.onnx.masks import recognise_masks
 from normfuse.lower.onnx.norms import lower_norm
@@ -39,6 +40,7 @@ def onnx_form(program: Program, choice: Choice) -> Program:
         choice.decisions.append(f"{count} biases of keys and values dropped or moved behind the attention")
     spell_attention(form, edit, choice)
     split_grouped(form, edit, choice)
+    spread_gates(form, edit, choice)
     lower_linear(form, edit)
     gather_rows(form, edit)
     for node in list(form.graph.nodes):

@@ -157,6 +157,22 @@ SUM = _define("sum(Tensor x, Tensor y) -> Tensor", _sum, _like_first)
 """Add of two tensors of one shape, by the name that no matcher looks for."""
 
 
+def _spread(x: Tensor, sides: list[int]) -> Tensor:
+    return x.expand(*x.shape[:2], *sides).contiguous()
+
+
+SPREAD = _define(
+    "spread(Tensor x, int[] sides) -> Tensor", _spread, lambda x, sides: x.new_empty((*x.shape[:2], *sides))
+)
+"""(batch, channels, 1, 1) repeated over an image, by the operator that keeps onnxruntime's blocked layout."""
+
+GLOBAL_AVERAGE_POOL = _define(
+    "global_average_pool(Tensor x) -> Tensor",
+    lambda x: x.mean((2, 3), keepdim=True),
+    lambda x: x.new_empty((*x.shape[:2], 1, 1)),
+)
+
+
 def _grouped_mm(x: Tensor, weights: list[Tensor], ends: Tensor) -> Tensor:
     y, start = _grouped_mm_fake(x, weights, ends).zero_(), 0
     for weight, end in zip(weights, ends.tolist(), strict=True):

@@ -63,6 +63,13 @@ def translations(opset: int) -> Table:
     def total(x: Any, y: Any) -> Any:
         return op.Sum(x, y)
 
+    def spread(x: Any, sides: list[int]) -> Any:
+        scales = op.Constant(value_floats=[1.0, 1.0, *(float(side) for side in sides)])
+        return op.Resize(x, None, scales, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
+
+    def global_average_pool(x: Any) -> Any:
+        return op.GlobalAveragePool(x)
+
     def grouped_mm(x: Any, weights: Any, ends: Any) -> Any:
         axis, start = op.Constant(value_ints=[0]), op.Constant(value_ints=[0])
         places, products = op.Cast(ends, to=7), []
@@ -86,6 +93,8 @@ def translations(opset: int) -> Table:
         operators.FOURIER.default: fourier,
         operators.GROUPED_MM.default: grouped_mm,
         operators.SUM.default: total,
+        operators.SPREAD.default: spread,
+        operators.GLOBAL_AVERAGE_POOL.default: global_average_pool,
         operators.RESHAPE.default: reshape,
         operators.LAYER_NORM.default: layer_norm,
         operators.RMS_NORM.default: rms_norm,
