@@ -14,7 +14,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from normfuse.adapters import Adapter
-from normfuse.archive import load_exported, signature_of
+from normfuse.archive import conditions_of, load_exported, signature_of
 from normfuse.bake import WeightProgram
 from normfuse.capture import CAUTIONS, capture
 from normfuse.errors import CaptureError, VerificationError
@@ -318,7 +318,11 @@ def load(path: str | Path) -> Optimized:
         report.raised = saved.get("raised", {})
         report.verification = Verification(**saved["verification"]) if saved.get("verification") else None
     program = capture(exported)
-    program.signature = dataclasses.replace(program.signature, parameters=signature_of(extra.get("parameters")))
+    program.signature = dataclasses.replace(
+        program.signature,
+        parameters=signature_of(extra.get("parameters")),
+        conditions=conditions_of(extra.get("conditions", []), program.signature.leaves) or program.signature.conditions,
+    )
     return Optimized(program, report, backend=extra.get("backend", "torch"))
 
 

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from normfuse.conditions import Condition
 from normfuse.errors import LoweringError, NormfuseError
 from normfuse.files import write_beside
 from normfuse.lower.exported import to_exported
 from normfuse.lower.torch import plain
+from normfuse.program import Leaf, Signature
 
 if TYPE_CHECKING:
     from normfuse.optimized import Optimized
@@ -29,6 +31,7 @@ def save(optimized: Optimized, path: Path) -> None:
         "report": optimized.report.to_dict(),
         "backend": optimized.backend,
         "parameters": _parameters(optimized.program.signature.parameters),
+        "conditions": _conditions(optimized.program.signature),
     }
     extra = {_REPORT: json.dumps(saved, default=str)}
     target = path if path.suffix else path.with_suffix(".pt2")
@@ -45,6 +48,21 @@ def _parameters(signature: inspect.Signature | None) -> list[list[Any]] | None:
         [p.name, int(p.kind), p.default is not p.empty, p.default if isinstance(p.default, plain) else None]
         for p in signature.parameters.values()
     ]
+
+
+def _conditions(signature: Signature) -> list[list[Any]]:
+    """Text, place in the model, and for each size that the text names an input and an axis that have it."""
+    sizes = {size: [i, j] for i, leaf in enumerate(signature.leaves) for j, size in enumerate(leaf.sizes)}
+    return [[c.text, c.where, {name: sizes[name] for name in sorted(c.names)}] for c in signature.conditions]
+
+
+def conditions_of(saved: list[list[Any]], leaves: tuple[Leaf, ...]) -> tuple[Condition, ...]:
+    """Conditions as `save` described them, over the sizes' names in a program that was loaded."""
+
+    def now(places: dict[str, list[int]]) -> dict[str, str]:
+        return {name: str(leaves[i].sizes[j]) for name, (i, j) in places.items()}
+
+    return tuple(Condition(Condition(text).told(now(places)), where) for text, where, places in saved)
 
 
 def signature_of(saved: list[list[Any]] | None) -> inspect.Signature | None:

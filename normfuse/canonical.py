@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 
 from normfuse.analysis.constants import constants
+from normfuse.conditions import conditions_of
 from normfuse.effects import own_outputs, refuse_side_effects
 from normfuse.errors import CaptureError
 from normfuse.node import argument, arguments, aten, dtype, expression, is_getitem, is_op, source_line, value
@@ -244,7 +245,13 @@ class _Builder:
             ranges[str(symbol)] = (1 if is_batch and low <= 2 else low, high)
         assert spec.in_spec is not None
         assert spec.out_spec is not None
-        return Signature(tuple(self.leaves), spec.in_spec, spec.out_spec, None, ranges)
+        free = {str(size) for leaf in self.leaves for size in leaf.sizes if isinstance(size, str)}
+        conditions = conditions_of(self._shape_env(), {name: ranges.get(name, (0, 2**62)) for name in free})
+        return Signature(tuple(self.leaves), spec.in_spec, spec.out_spec, None, ranges, conditions)
+
+    def _shape_env(self) -> Any:
+        modes = (getattr(n.meta.get("val"), "fake_mode", None) for n in self.exported.graph.nodes)
+        return next((mode.shape_env for mode in modes if mode is not None), None)
 
 
 def _as_int(bound: Any, otherwise: int) -> int:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from normfuse.conditions import Condition, unmet
 from normfuse.errors import InputError
 
 Kind = Literal["parameter", "buffer", "constant"]
@@ -51,18 +52,21 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Signature:
-    """How the program is called: names and nesting of the inputs, nesting of the outputs, ranges of the free sizes."""
+    """How the program is called: names and nesting of the inputs, nesting of the outputs, ranges of the free sizes, and
+    what else must hold of them."""
 
     leaves: tuple[Leaf, ...]
     in_spec: pytree.TreeSpec
     out_spec: pytree.TreeSpec
     parameters: inspect.Signature | None = None
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    conditions: tuple[Condition, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Leaves of a call in graph order, after checking them.
 
-        Raises `InputError` when structure, rank, dtype or a fixed size differs from what was captured.
+        Raises `InputError` when structure, rank, dtype or a fixed size differs from what was captured, and for sizes
+        with which the model would take another branch.
         """
         if (direct := self._direct(args, kwargs)) is not None:
             self._check(direct)
@@ -123,6 +127,17 @@ class Signature:
                 raise InputError(f"input {leaf.name!r} must have shape {list(leaf.sizes)}, not {list(given.shape)}")
             for position, (want, size) in enumerate(zip(leaf.sizes, given.shape, strict=True)):
                 self._check_size(leaf, position, want, size, sizes)
+        for problem in unmet(self.conditions, sizes, self.size_names):
+            raise InputError(f"{problem}: pass an example of such sizes, or dynamic_shapes=None")
+
+    def size_names(self) -> dict[str, str]:
+        """Each free size as the caller knows it: `x.shape[1]`."""
+        names: dict[str, str] = {}
+        for leaf in self.leaves:
+            for axis, size in enumerate(leaf.sizes):
+                if isinstance(size, str):
+                    names.setdefault(size, f"{leaf.name}.shape[{axis}]")
+        return names
 
     def _check_size(self, leaf: Leaf, position: int, want: int | str, size: int, seen: dict[str, int]) -> None:
         where = f"input {leaf.name!r}, dimension {position}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from normfuse.capture import capture
+from normfuse.errors import InputError
 from normfuse.evaluate import run_float64
+from normfuse.program import Program
 from normfuse.verification.numerics import max_abs_error, relative_error, rounding
 
 from ..zoo.entry import Entry, Example
@@ -101,9 +104,12 @@ def domains(path: Path) -> set[str]:
     return {node.domain for node in called if (node.domain, node.op_type) not in own}
 
 
-def sizes(entry: Entry) -> list[Example]:
-    """The example, other batches, and another length where the architecture allows one."""
+def sizes(entry: Entry, program: Program) -> list[Example]:
+    """The example, other batches, and another length where the architecture and the capture allow one."""
     examples = [entry.example(), entry.example(batch=16), entry.example(batch=entry.least_batch)]
     if entry.vary_length and entry.free_length:
-        examples.append(entry.example(batch=2, length=entry.length + 3))
+        other = entry.example(batch=2, length=entry.length + 3)
+        with contextlib.suppress(InputError):  # a length that is fixed, or with which the model takes another branch
+            program.signature.flatten(*other)
+            examples.append(other)
     return examples

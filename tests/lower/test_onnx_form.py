@@ -320,3 +320,60 @@ def test_other_gates_are_multiplied_as_they_are(model: nn.Module, tmp_path: Path
 
 def test_a_gate_over_an_image_of_any_size_is_multiplied_as_it_is(tmp_path: Path) -> None:
     assert "Resize" not in written(Gated(), (torch.randn(2, 3, 12, 10),), tmp_path / "a.onnx")
+
+
+class Pooled(nn.Module):
+    def __init__(self, kind: str, sizes: object) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, 4, 3, padding=1)
+        self.kind, self.sizes = kind, sizes
+
+    def forward(self, x: Tensor) -> Tensor:
+        pool = F.adaptive_avg_pool2d if self.kind == "mean" else F.adaptive_max_pool2d
+        return pool(self.before(x), self.sizes)
+
+
+@pytest.mark.parametrize("sizes", [1, 2, (3, 2), 7], ids=str)
+@pytest.mark.parametrize("kind", ["mean", "max"])
+def test_adaptive_pools_take_images_of_any_size(kind: str, sizes: object, tmp_path: Path) -> None:
+    model = Pooled(kind, sizes).eval()
+    path = tmp_path / "a.onnx"
+    normfuse.export_onnx(model, path, (torch.randn(2, 3, 8, 8),))
+    examples = [((torch.randn(3, 3, *image),), {}) for image in ((8, 8), (7, 9), (5, 20))]
+    for example in examples:
+        assert onnx_runs.file_error(model, [example], path) <= 2
+    for side in (8, 7, 5):
+        fixed = ((torch.randn(2, 3, side, side),), {})
+        normfuse.export_onnx(model, path, *fixed, dynamic_shapes=None)
+        assert onnx_runs.file_error(model, [fixed], path) <= 2
+
+
+class PaddedPool(nn.Module):
+    """Zeros round a max pool, as BiT has them: for negative numbers another thing than the pool's own padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.before(x) - 9
+        return F.max_pool2d(F.pad(y, (1, 2, 0, 1)), 3, 2) + F.max_pool2d(nn.ConstantPad2d(1, 0.0)(y), 3, 2)[..., :1]
+
+
+def test_zeros_round_a_max_pool_stay_zeros(tmp_path: Path) -> None:
+    assert written(PaddedPool(), (torch.randn(2, 3, 12, 12),), tmp_path / "a.onnx")["Pad"] == 2
+
+
+class Closed(nn.Module):
+    """Scores under a mask of the lowest number, as Hugging Face's models write it."""
+
+    def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+        bias = torch.zeros(mask.shape).masked_fill(mask == 0, torch.finfo(torch.float32).min)
+        return F.scaled_dot_product_attention(q, q, q, bias[:, None])
+
+
+def test_a_row_closed_by_the_lowest_number_has_equal_weights(tmp_path: Path) -> None:
+    mask = torch.ones(2, 6, 6, dtype=torch.int64)
+    mask[0, 2] = mask[1, :, 3:] = 0
+    args = (torch.randn(2, 4, 6, 8), mask)
+    assert written(Closed(), args, tmp_path / "a.onnx")["Attention"] == 1

@@ -46,7 +46,7 @@ def test_it_is_the_model_at_every_size(name: str) -> None:
     args, kwargs = entry.example()
     assert type(optimized(*args, **kwargs)) is type(model(*args, **kwargs))
     run = lambda example: onnx_runs.tensors_of(optimized, example)  # noqa: E731
-    assert onnx_runs.error_ratio(model, onnx_runs.sizes(entry), run) <= 2
+    assert onnx_runs.error_ratio(model, onnx_runs.sizes(entry, optimized.program), run) <= 2
 
 
 def test_structure_dtypes_and_constants_are_the_models(mixed) -> None:

@@ -97,6 +97,7 @@ def _mask(node: fx.Node, edit: Editor) -> Value | None:
     mask = argument(node, "attn_mask")
     if mask is None:
         return None
+    mask = _above_lowest(mask, edit)
     q, k = node.args[:2]
     rows, columns = shape(q)[-2], shape(k)[-2]  # type: ignore[arg-type]
     if rank(mask) >= 2 and same_size(shape(mask)[-2], rows) and same_size(shape(mask)[-1], columns):
@@ -104,6 +105,23 @@ def _mask(node: fx.Node, edit: Editor) -> Value | None:
     sizes: list[Any] = [-1] * (rank(mask) - 2)
     sizes += [edit.call(aten.sym_size.int, q, -2), edit.call(aten.sym_size.int, k, -2)]
     return edit.call(aten.expand.default, mask, sizes)
+
+
+def _above_lowest(mask: fx.Node, edit: Editor) -> fx.Node:
+    """The mask with the number above the lowest one in its place.
+
+    Of a row that is the lowest number throughout, as models write "closed", torch's softmax makes equal weights; to
+    onnxruntime's Attention it is the same as -inf, and the result is zero.
+    """
+    kind = dtype(mask)
+    if kind is None or not kind.is_floating_point:
+        return mask
+    lowest = torch.tensor(torch.finfo(kind).min, dtype=kind)
+    above = float(torch.nextafter(lowest, torch.zeros_like(lowest)))
+    known = edit.program.tensor_of(mask)
+    if known is not None and not bool((known == lowest).any()):
+        return mask
+    return edit.call(aten.masked_fill.Scalar, mask, edit.call(aten.eq.Scalar, mask, float(lowest)), above).node
 
 
 def _only_for(node: fx.Node, roots: set[fx.Node]) -> bool:

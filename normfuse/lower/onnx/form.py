@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.lower.onnx import simplify
+from normfuse.lower.onnx.adaptive_pool import adaptive_pool
 from normfuse.lower.onnx.attention import lower_attention
 from normfuse.lower.onnx.attention_bias import drop_attention_biases
 from normfuse.lower.onnx.attention_pieces import spell_attention
@@ -28,7 +29,7 @@ def onnx_form(program: Program, choice: Choice) -> Program:
     form = program.copy()
     edit = Editor(form, "lower_onnx", Log())
     for node in list(form.graph.nodes):
-        for rewrite in simplify.EARLY:
+        for rewrite in (*simplify.EARLY, adaptive_pool):
             if (same := rewrite(node, edit)) is not None:
                 edit.replace(node, same)
                 break

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from normfuse.lower.onnx import operators
-from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.choice import Choice, nominal
 from normfuse.lower.onnx.depthwise import BLOCK, POINTWISE
 from normfuse.node import argument, aten, dtype, is_one, is_op, rank, shape
 from normfuse.program import Program
@@ -28,7 +28,7 @@ def spread_gates(program: Program, edit: Editor, choice: Choice) -> None:
         if factors is None:
             continue
         x, gate = factors
-        _, channels, *sides = shape(x)
+        _, channels, *sides = nominal(shape(x))
         if choice.decide("gate on channels", "Mul", "Resize and Mul", size=(channels, max(sides))) == "Mul":
             continue
         with edit.at(node):

@@ -9,6 +9,9 @@ from torch.utils import _pytree as pytree
 
 from normfuse.program import Program
 
+CONDITIONS = "normfuse.conditions"
+"""Where a file's metadata lists what must hold of its sizes."""
+
 
 def name_values(model: Any, form: Program) -> None:
     """Inputs and outputs as the model's caller knows them; free sizes as batch, sequence, height, width."""

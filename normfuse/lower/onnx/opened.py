@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from normfuse.conditions import Condition, unmet
 from normfuse.errors import InputError, LoweringError
+from normfuse.lower.onnx.names import CONDITIONS
 from normfuse.lower.onnx.runtime import check_provider, first_line, from_ort, session_options, to_ort
 
 _DTYPES = {
@@ -42,6 +45,8 @@ class OnnxFile(nn.Module):
         except Exception as error:
             raise LoweringError(f"onnxruntime cannot load {self.path}: {first_line(error)}") from error
         self._inputs = [(str(i.name), str(i.type), tuple(i.shape)) for i in self.__dict__["session"].get_inputs()]
+        metadata = self.__dict__["session"].get_modelmeta().custom_metadata_map
+        self._conditions = [Condition(text) for text in json.loads(metadata.get(CONDITIONS, "[]"))]
         self._outputs = [str(o.name) for o in self.__dict__["session"].get_outputs()]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -63,6 +68,9 @@ class OnnxFile(nn.Module):
             raise InputError(f"{self.path.name} takes the inputs {', '.join(names)}")
         for name, kind, sizes in self._inputs:
             _check(name, given[name], kind, sizes)
+        free = {s: n for name, _, sizes in self._inputs for s, n in zip(sizes, given[name].shape, strict=True)}
+        for problem in unmet(tuple(self._conditions), {s: n for s, n in free.items() if isinstance(s, str)}):
+            raise InputError(f"{self.path.name}: {problem}")
         return given
 
 

@@ -157,6 +157,14 @@ SUM = _define("sum(Tensor x, Tensor y) -> Tensor", _sum, _like_first)
 """Add of two tensors of one shape, by the name that no matcher looks for."""
 
 
+def _pad(x: Tensor, pads: list[int]) -> Tensor:
+    return functional.pad(x, pads)
+
+
+PAD = _define("pad(Tensor x, int[] pads) -> Tensor", _pad, _pad)
+"""Padding by 0, the last axis first, with the axes named in the node."""
+
+
 def _spread(x: Tensor, sides: list[int]) -> Tensor:
     return x.expand(*x.shape[:2], *sides).contiguous()
 

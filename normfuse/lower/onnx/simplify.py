@@ -90,6 +90,21 @@ def zero_pad(node: fx.Node, edit: Editor) -> Value | None:
     return edit.value(argument(node, "self"))
 
 
+def pad_before_pool(node: fx.Node, edit: Editor) -> Value | None:
+    """A padding by 0 that a max pool reads names its axes: onnxruntime takes others for the pool's own, which is by -inf."""
+    if not is_op(node, aten.pad, aten.constant_pad_nd) or not any(is_op(user, *_MAX_POOLS) for user in node.users):
+        return None
+    pads, number = argument(node, "pad"), argument(node, "value") or 0.0
+    constant = is_op(node, aten.constant_pad_nd) or argument(node, "mode") == "constant"
+    if not constant or number != 0 or not all(isinstance(size, int) for size in pads):
+        return None
+    with edit.at(node):
+        return edit.call(operators.PAD.default, argument(node, "self"), list(pads))
+
+
+_MAX_POOLS = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.max_pool2d_with_indices)
+
+
 def residual(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
     """A sum that norms alone read is a Sum: of Add and LayerNormalization onnxruntime makes an operator six times slower."""
     if not is_op(node, aten.add) or argument(node, "alpha") != 1 or not node.users:
@@ -201,5 +216,5 @@ def _rounded_up(edit: Editor, x: fx.Node, axis: int, count: int) -> Value:
     return edit.call(operator.floordiv, more, count)
 
 
-EARLY = (zero_pad, turned_back, fourier, part)
+EARLY = (zero_pad, pad_before_pool, turned_back, fourier, part)
 """What is done on the way in, before other lowerings look."""

@@ -63,6 +63,10 @@ def translations(opset: int) -> Table:
     def total(x: Any, y: Any) -> Any:
         return op.Sum(x, y)
 
+    def pad(x: Any, pads: list[int]) -> Any:
+        axes = op.Constant(value_ints=[-1 - place for place in range(len(pads) // 2)])
+        return op.Pad(x, op.Constant(value_ints=[*pads[::2], *pads[1::2]]), None, axes)
+
     def spread(x: Any, sides: list[int]) -> Any:
         scales = op.Constant(value_floats=[1.0, 1.0, *(float(side) for side in sides)])
         return op.Resize(x, None, scales, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor")
@@ -93,6 +97,7 @@ def translations(opset: int) -> Table:
         operators.FOURIER.default: fourier,
         operators.GROUPED_MM.default: grouped_mm,
         operators.SUM.default: total,
+        operators.PAD.default: pad,
         operators.SPREAD.default: spread,
         operators.GLOBAL_AVERAGE_POOL.default: global_average_pool,
         operators.RESHAPE.default: reshape,

@@ -23,7 +23,7 @@ from normfuse.lower.exported import to_exported
 from normfuse.lower.onnx.choice import Choice
 from normfuse.lower.onnx.form import onnx_form
 from normfuse.lower.onnx.functions import add_functions
-from normfuse.lower.onnx.names import name_values
+from normfuse.lower.onnx.names import CONDITIONS, axis_names, name_values
 from normfuse.lower.onnx.translations import translations
 from normfuse.program import Program
 
@@ -37,7 +37,10 @@ EMBEDDED = 1_500_000_000
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What was written: where, for which target, which operators how often, and how it is called."""
+    """What was written: where, for which target, which operators how often, and how it is called.
+
+    `conditions` must hold of the sizes: with others the model would have taken another branch. A file cannot check them.
+    """
 
     path: Path
     target: str
@@ -48,6 +51,7 @@ class OnnxReport:
     bytes: int
     external_data: Path | None = None
     decisions: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
 
     def count(self, operator: str) -> int:
@@ -65,6 +69,7 @@ class OnnxReport:
             "bytes": self.bytes,
             "external_data": str(self.external_data) if self.external_data else None,
             "decisions": list(self.decisions),
+            "conditions": list(self.conditions),
             "seconds": dict(self.seconds),
         }
 
@@ -77,6 +82,8 @@ class OnnxReport:
         for label, values in (("input", self.inputs), ("output", self.outputs)):
             for name, shape in values.items():
                 table.add_row(label, escape(f"{name}: [{', '.join(str(s) for s in shape)}]"))
+        for condition in self.conditions:
+            table.add_row("right where", escape(condition))
         often = sorted(self.operators.items(), key=lambda item: -item[1])
         table.add_row("operators", ", ".join(f"{name} {count}" for name, count in often))
         for decision in self.decisions:
@@ -140,6 +147,9 @@ def build(program: Program, choice: Choice, report: Any = None) -> tuple[Any, di
     add_functions(model, choice.opset)
     name_values(model, form)
     _describe(model, choice, report)
+    if program.signature.conditions:
+        told = [condition.told(axis_names(program)) for condition in program.signature.conditions]
+        model.metadata_props[CONDITIONS] = json.dumps(told)
     seconds["export"] = time.perf_counter() - started
     return model, seconds
 
@@ -328,6 +338,7 @@ def _report(model: Any, place: Path, choice: Choice, external: Path | None, seco
         bytes=size,
         external_data=external,
         decisions=tuple(choice.decisions),
+        conditions=tuple(json.loads(model.metadata_props.get(CONDITIONS, "[]"))),
         seconds=seconds,
     )
 
