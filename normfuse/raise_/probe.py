@@ -118,16 +118,13 @@ class Probe:
         draws = Standardisation(experiment)
         if any(n not in draws.moderate_values[0] for n in region.nodes):
             raise Impossible("an operator fails at these sizes")
-        if not any(self._finite(draws, root) for root in roots):
+        changes = _changes(experiment)
+        if not any(self._finite(draws, root, changes) for root in roots):
             experiment.positive_sides()
-            draws = Standardisation(experiment)
-        base = experiment.draw(0.3)
-        before = experiment.run(base)
-        positions = [base.numel() // 3, 2 * base.numel() // 3 + 1]
-        after = [experiment.run(_changed(base, p)) for p in positions]
+            draws, changes = Standardisation(experiment), _changes(experiment)
         verdict = Verdict()
         for root in roots:
-            found = self._identify(draws, root, before, list(zip(positions, after, strict=True)))
+            found = self._identify(draws, root, changes)
             place = region.index[root]
             if isinstance(found, str):
                 verdict.reasons[place] = found
@@ -150,29 +147,26 @@ class Probe:
                     roots.append(node)
         return roots
 
-    @staticmethod
-    def _finite(draws: Standardisation, root: fx.Node) -> bool:
-        return all(
-            isinstance(v := values.get(root), Tensor) and bool(torch.isfinite(v).all())
-            for values in (*draws.large_values, *draws.moderate_values[:1])
-        )
+    def _finite(self, draws: Standardisation, root: fx.Node, changes: _Changes) -> bool:
+        """Has the result numbers, also (where it is more than pointwise) on large rows?"""
 
-    def _identify(
-        self, draws: Standardisation, root: fx.Node, before: Any, after: list[tuple[int, Any]]
-    ) -> Finding | str | None:
-        base = before.get(root)
-        if not isinstance(base, Tensor):
+        def finite(values: Any) -> bool:
+            return isinstance(v := values.get(root), Tensor) and bool(torch.isfinite(v).all())
+
+        if not finite(draws.moderate_values[0]):
+            return False
+        rows = changes.rows(root) if changes.is_of_the_shape(root) else None
+        return (rows is not None and rows.size == 1) or all(finite(values) for values in draws.large_values)
+
+    def _identify(self, draws: Standardisation, root: fx.Node, changes: _Changes) -> Finding | str | None:
+        if not isinstance(changes.before.get(root), Tensor):
             return None
-        if tuple(base.shape) != draws.experiment.shape:
+        if not changes.is_of_the_shape(root):
             return identify_logsumexp(draws, root)
-        partitions: set[Rows | None] = set()
-        for position, values in after:
-            changed = values.get(root)
-            if not isinstance(changed, Tensor):
-                return None
-            partitions.add(changed_rows(base, changed, position))
-        rows = partitions.pop()
-        if partitions or rows is None:
+        if not all(isinstance(values.get(root), Tensor) for _, values in changes.after):
+            return None
+        rows = changes.rows(root)
+        if rows is None:
             return "its elements do not depend on the source row by row"
         if rows.size == 1:
             return identify_pointwise(draws, root)
@@ -190,6 +184,37 @@ def _depends_on_sizes(region: Region, verdict: Verdict) -> bool:
     rows = [f.rows for f in verdict.findings.values() if isinstance(f, Standardised | Softmax) and f.rows is not None]
     axes = {a for r in rows for a in (*r.axes, *((r.split,) if r.split is not None else ()))}
     return any(not isinstance(sizes[a], int) for a in axes)
+
+
+@dataclass
+class _Changes:
+    """What a change of one element of the source changes, tried at two places."""
+
+    shape: tuple[int, ...]
+    before: dict[fx.Node, Any]
+    after: list[tuple[int, dict[fx.Node, Any]]]
+    known: dict[fx.Node, Rows | None] = field(default_factory=dict)
+
+    def is_of_the_shape(self, root: fx.Node) -> bool:
+        base = self.before.get(root)
+        return isinstance(base, Tensor) and tuple(base.shape) == self.shape
+
+    def rows(self, root: fx.Node) -> Rows | None:
+        """The rows that the result is made of, alike at both places, or None."""
+        if root not in self.known:
+            changed = [(place, values.get(root)) for place, values in self.after]
+            found = {
+                changed_rows(self.before[root], now, place) if isinstance(now, Tensor) else None for place, now in changed
+            }
+            self.known[root] = found.pop() if len(found) == 1 else None
+        return self.known[root]
+
+
+def _changes(experiment: Experiment) -> _Changes:
+    base = experiment.draw(0.3)
+    positions = [base.numel() // 3, 2 * base.numel() // 3 + 1]
+    after = [(place, experiment.run(_changed(base, place))) for place in positions]
+    return _Changes(experiment.shape, experiment.run(base), after)
 
 
 def _changed(x: Tensor, position: int) -> Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -57,16 +59,28 @@ FORMS = ("centred", "plain", "compressed")
 
 
 class Standardisation:
-    """The draws of one source, shared by all results that are tried against the family."""
+    """The draws of one source, shared by all results that are tried against the family.
+
+    Large and tiny ones are made when they are asked for: what is pointwise needs none.
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
-        self.large = [experiment.draw(LARGE) for _ in range(4)]
-        self.large_values = [experiment.run(x) for x in self.large]
         self.moderate = [experiment.draw(1.0), experiment.draw(3.0) + 1.0, experiment.draw(1e-3)]
         self.moderate_values = [experiment.run(x) for x in self.moderate]
-        self.tiny = experiment.draw(TINY)
         self.kept: dict[object, dict[fx.Node, Tensor]] = {}
+
+    @cached_property
+    def large(self) -> list[Tensor]:
+        return [self.experiment.draw(LARGE) for _ in range(4)]
+
+    @cached_property
+    def large_values(self) -> list[dict[fx.Node, Any]]:
+        return [self.experiment.run(x) for x in self.large]
+
+    @cached_property
+    def tiny(self) -> Tensor:
+        return self.experiment.draw(TINY)
 
     def identify(self, root: fx.Node, rows: Rows) -> Standardised | str:
         """The member of the family that `root` is, or the condition that fails."""
