@@ -10,6 +10,7 @@ import torch
 from normfuse.lower.onnx import costs
 from normfuse.node import Dim
 
+CPU = "CPUExecutionProvider"
 NOISE = 0.05
 """Two measurements of the same thing differ by so much of it."""
 
@@ -25,10 +26,15 @@ class Choice:
 
     target: str
     opset: int
-    provider: str = "CPUExecutionProvider"
+    provider: str = CPU
     threads: int = field(default_factory=torch.get_num_threads)
     decisions: list[str] = field(default_factory=list[str])
     _told: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
+
+    @property
+    def has_blocked_layout(self) -> bool:
+        """Will onnxruntime keep convolutions and what follows them in blocks of channels? Its CPU provider does."""
+        return self.target == "onnxruntime" and self.provider == CPU
 
     def decide(self, question: str, usual: str, other: str, *, size: costs.Size) -> str:
         """The cheaper of two answers at the size, by the table of measurements; the report tells each choice once.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from normfuse.lower.onnx.choice import Choice, nominal
+from normfuse.lower.onnx.choice import CPU, Choice, nominal
 from normfuse.lower.onnx.tensors import constant
 from normfuse.node import argument, aten, is_op, shape
 from normfuse.program import Program
@@ -25,6 +25,8 @@ POINTWISE = (
 
 def split_grouped(program: Program, edit: Editor, choice: Choice) -> None:
     """conv(x, w, groups) -> cat of depthwise convolutions, and the reader's weight with its input channels reordered."""
+    if choice.provider != CPU:
+        return
     for node in list(program.graph.nodes):
         per_group = _per_group(node)
         reader = _reader(node) if per_group > 1 else None

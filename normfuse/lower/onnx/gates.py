@@ -21,7 +21,7 @@ from normfuse.rewrite import Editor
 
 def spread_gates(program: Program, edit: Editor, choice: Choice) -> None:
     """x * gate, of shapes [n, c, h, w] and [n, c, 1, 1], becomes x * spread(gate), and the mean of x a pool."""
-    if choice.target != "onnxruntime":
+    if not choice.has_blocked_layout:
         return
     for node in list(program.graph.nodes):
         factors = _factors(node)

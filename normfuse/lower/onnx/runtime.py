@@ -12,11 +12,11 @@ from torch import Tensor, fx
 from torch.utils import dlpack
 
 from normfuse.errors import LoweringError
-from normfuse.lower.onnx.choice import Choice
+from normfuse.lower.onnx.choice import CPU, Choice
 from normfuse.lower.onnx.write import build, check_request
 from normfuse.program import Program
 
-DEFAULT_PROVIDER = "CPUExecutionProvider"
+DEFAULT_PROVIDER = CPU
 _SHARED = 1024
 """Bytes from which a weight is handed to onnxruntime by address; smaller ones stand in the file, where it folds them."""
 
