@@ -9,6 +9,7 @@ tells them apart.
 from __future__ import annotations
 
 import ast
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,7 @@ class Condition:
             def visit_Name(self, node: ast.Name) -> ast.Name:
                 return ast.Name(names.get(node.id, node.id), node.ctx)
 
-        return ast.unparse(Renamed().visit(ast.parse(self.text, mode="eval")))
+        return ast.unparse(Renamed().visit(copy.deepcopy(self._tree)))
 
 
 def _is_known(function: ast.expr) -> bool:
@@ -75,15 +76,19 @@ def _is_known(function: ast.expr) -> bool:
 
 
 def conditions_of(shape_env: Any, ranges: Mapping[str, tuple[int, int]]) -> tuple[Condition, ...]:
-    """What the model's own code asked about the sizes of its inputs, as far as the ranges leave it open."""
+    """What the model's own code asked about the sizes of its inputs, as far as the ranges leave it open.
+
+    Raises `CaptureError` for a question that cannot be asked again at a call; sizes must then be fixed.
+    """
     found: dict[str, Condition] = {}
     for guard in getattr(shape_env, "guards", ()):
         expression = shape_env.simplify(guard.expr)
         symbols = {str(symbol) for symbol in expression.free_symbols}
         if not symbols or not symbols <= set(ranges) or not _is_of_the_model(guard) or _is_implied(expression, ranges):
             continue
-        text = _printed(expression)
-        found.setdefault(text, Condition(text, _place(guard)))
+        condition = Condition(_printed(expression), _place(guard))
+        if condition.names:  # read now, not at the first call
+            found.setdefault(condition.text, condition)
     return tuple(found.values())
 
 

@@ -15,6 +15,7 @@ import normfuse
 from normfuse.capture import capture
 from normfuse.conditions import Condition
 from normfuse.lower.onnx import OnnxFile
+from tests.lower import onnx_runs
 from tests.support import randomised
 
 
@@ -97,7 +98,7 @@ def test_conditions_are_told_with_onnx_files(patches: tuple[nn.Module, normfuse.
     assert json.loads(said["normfuse.conditions"]) == ["width % 4 == 0"]
     x = torch.randn(2, 3, 12, 8)
     file = OnnxFile(path)
-    torch.testing.assert_close(file(x)["output"], model(x), rtol=1e-4, atol=1e-5)
+    assert onnx_runs.error_ratio(model, [((x,), {})], lambda example: list(file(*example[0]).values())) <= 2
     with pytest.raises(normfuse.InputError, match=r"patches\.onnx: .* was captured where width % 4 == 0"):
         file(torch.randn(2, 3, 16, 18))
 
@@ -106,6 +107,8 @@ def test_conditions_are_told_with_onnx_files(patches: tuple[nn.Module, normfuse.
 def test_a_condition_is_arithmetic_and_nothing_else(text: str) -> None:
     with pytest.raises(normfuse.CaptureError, match="condition on sizes"):
         Condition(text).holds({"n": 3})
+    with pytest.raises(normfuse.CaptureError, match="condition on sizes"):
+        Condition(text).told({"n": "m"})
 
 
 def test_a_condition_is_read_as_python() -> None:
