@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Any
 from normfuse.errors import CaptureError, InputError, LoweringError, NormfuseError, PassError, VerificationError
 
 if TYPE_CHECKING:
-    from normfuse.adapters import Adapter
     from normfuse.api import carry_adapters, explain, export_onnx, inspect, load, optimize, optimize_, replay, verify
-    from normfuse.inventory import Inventory, Pattern
-    from normfuse.optimized import Optimized
+    from normfuse.inventory.inventory import Inventory
+    from normfuse.inventory.pattern import Pattern
+    from normfuse.optimized.module import Optimized
     from normfuse.report import Report
     from normfuse.rewrite.record import Refusal, RewriteRecord
     from normfuse.verification import Verification
+    from normfuse.weights.adapters import Adapter
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapter": "adapters", "carry_adapters": "api",
+    "Adapter": "weights.adapters", "carry_adapters": "api",
     "explain": "api", "export_onnx": "api", "inspect": "api", "load": "api", "optimize": "api",
-    "optimize_": "api", "replay": "api", "verify": "api", "Optimized": "optimized", "Report": "report",
-    "Refusal": "rewrite.record", "RewriteRecord": "rewrite.record", "Inventory": "inventory", "Pattern": "inventory",
-    "Verification": "verification",
+    "optimize_": "api", "replay": "api", "verify": "api", "Optimized": "optimized.module", "Report": "report",
+    "Refusal": "rewrite.record", "RewriteRecord": "rewrite.record", "Inventory": "inventory.inventory",
+    "Pattern": "inventory.pattern", "Verification": "verification",
 }  # fmt: skip
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -11,28 +10,27 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
 
-from normfuse.adapters import Adapter
-from normfuse.archive import conditions_of, load_exported, signature_of
-from normfuse.bake import WeightProgram
-from normfuse.capture import CAUTIONS, capture
-from normfuse.errors import CaptureError, VerificationError
-from normfuse.evaluate import run_float64
-from normfuse.inventory import Inventory, take_inventory
+from normfuse.capture.export import capture
+from normfuse.capture.shapes import CAUTIONS
+from normfuse.errors import CaptureError
+from normfuse.inventory.inventory import Inventory, take_inventory
 from normfuse.lower.choose import check_backend, choose
 from normfuse.lower.torch import fastest, graph_module
-from normfuse.optimized import Optimized
-from normfuse.pipeline import Pipeline, Result, detached, select
-from normfuse.program import Program
+from normfuse.optimized.compare import candidate64
+from normfuse.optimized.module import Optimized
+from normfuse.pipeline.run import Pipeline, detached
+from normfuse.pipeline.select import select
+from normfuse.pipeline.subject import Model, as_runnable, capture_and_try, model_name
 from normfuse.progress import say
 from normfuse.report import Report
-from normfuse.report.report import count_raised
+from normfuse.report.books import report_of
 from normfuse.rewrite import Rule
-from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
-from normfuse.verification.trials import Trials, make_trials, original_run
+from normfuse.verification.numerics import Mismatch, Verification, relative_error
+from normfuse.verification.trials import original_run
+from normfuse.weights.adapters import Adapter
+from normfuse.weights.program import WeightProgram
 
-Model = nn.Module | ExportedProgram
 TRIALS = 3
 
 
@@ -68,11 +66,11 @@ def optimize(
     started = time.perf_counter()
     check_backend(backend)
     rules = select(pass_table(), passes, disable)
-    captured, trials, seconds = _capture_and_try(model, args, kwargs, dynamic_shapes, TRIALS if verify else 0)
+    captured, trials, seconds = capture_and_try(model, args, kwargs, dynamic_shapes, TRIALS if verify else 0)
     result = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials)
     lowering = time.perf_counter()
     say(f"lower to {backend}")
-    report = _report(_name(model), result, backend, captured.notes)
+    report = report_of(model_name(model), result, backend, captured.notes)
     optimized = Optimized(result.baked, report, ledger=detached(result.unbaked), backend=backend)
     if backend == "auto":
         _take_fastest(optimized, model, args, kwargs)
@@ -83,7 +81,7 @@ def optimize(
 
 def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any) -> None:
     """Measure the backends; where none is faster than the model as it was given, that is what runs."""
-    runnable, args, kwargs = _runnable(model, args, kwargs)
+    runnable, args, kwargs = as_runnable(model, args, kwargs)
     leaves = optimized.program.signature.flatten(tuple(args), kwargs or {})
     original = original_run(runnable, optimized.program)
     chosen = choose(optimized.program, lambda *given: original(list(given)), leaves)
@@ -102,36 +100,10 @@ def optimize_flat(
 ) -> torch.fx.GraphModule:
     """`optimize` for compilers: a graph of flat tensors in and out, lowered for the device its weights are on."""
     rules = select(pass_table(), passes, disable)
-    captured, trials, seconds = _capture_and_try(model, args, {}, dynamic_shapes, 1 if verify else 0)
+    captured, trials, seconds = capture_and_try(model, args, {}, dynamic_shapes, 1 if verify else 0)
     baked = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials).baked
     device = next((t.device for t in baked.tensors.values()), torch.device("cpu"))
     return graph_module(fastest(baked, device))
-
-
-def _capture_and_try(
-    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, trials: int
-) -> tuple[Program, Trials | None, dict[str, float]]:
-    """Capture, and run the captured program at other sizes: where those it calls free are not, capture with fewer."""
-    seconds = {"capture": 0.0, "verify": 0.0}
-    last = CAUTIONS - 1 if dynamic_shapes == "auto" and not isinstance(model, ExportedProgram) else 0
-    for caution in range(last + 1):
-        started = time.perf_counter()
-        say("capture")
-        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, caution=caution)
-        _check_outputs(captured)
-        middle = time.perf_counter()
-        seconds["capture"] += middle - started
-        say("running the original, also in float64")
-        try:
-            tried = _trials(model, captured, args, kwargs, trials) if trials else None
-        except VerificationError:
-            if caution == last:
-                raise
-            continue
-        finally:
-            seconds["verify"] += time.perf_counter() - middle
-        return captured, tried, seconds
-    raise AssertionError("the last capture either succeeds or raises")
 
 
 def optimize_(
@@ -158,61 +130,17 @@ def optimize_(
         raise CaptureError(f"optimize_ changes modules, and a {type(model).__name__} is none: use optimize")
     started = time.perf_counter()
     rules = select(pass_table(), passes, disable)
-    captured, trials, seconds = _capture_and_try(model, args, kwargs, "auto", TRIALS if verify else 0)
+    captured, trials, seconds = capture_and_try(model, args, kwargs, "auto", TRIALS if verify else 0)
     pipeline = Pipeline(captured, rules, named=passes is not None, seconds=seconds)
     again = (capture(model, args, kwargs, caution=caution) for caution in range(CAUTIONS))
     done = optimize_modules(model, pipeline, trials, original_run(model, captured), again)
-    report = _report(_name(model), done.result, "torch", captured.notes)
+    report = report_of(model_name(model), done.result, "torch", captured.notes)
     report.rewrites = [r for r in report.rewrites if r.pass_name not in done.unwritten]
     report.fired = {name: count for name, count in report.fired.items() if name not in done.unwritten}
     report.refusals = [*report.refusals, *done.refusals]
     report.weights, report.verification = done.weights, done.verification
     report.seconds = done.result.seconds | {"total": time.perf_counter() - started}
     return report
-
-
-def _report(name: str, result: Result, backend: str, notes: tuple[str, ...]) -> Report:
-    return Report(
-        model=name,
-        fired=result.log.counts(),
-        refusals=[*result.log.refusals, *result.rolled_back],
-        rewrites=result.log.rewrites,
-        rolled_back=result.rolled_back,
-        raised=count_raised(result.raised.rewrites),
-        verification=result.verification,
-        weights={k: _detach(v) for k, v in result.ledger.items()},
-        notes=list(notes),
-        backend=backend,
-    )
-
-
-def _detach(weight: WeightProgram) -> WeightProgram:
-    return dataclasses.replace(weight, program=detached(weight.program))
-
-
-def _name(model: Model) -> str:
-    return type(model).__name__
-
-
-def _check_outputs(program: Program) -> None:
-    outputs = program.output.args[0]
-    if not any(isinstance(getattr(n, "meta", {}).get("val"), torch.Tensor) for n in outputs):  # type: ignore[union-attr]
-        raise CaptureError("the model returns no tensor: there is nothing to optimize or to verify")
-
-
-def _trials(model: Model, captured: Program, args: Any, kwargs: Any, count: int) -> Trials:
-    runnable, args, kwargs = _runnable(model, args, kwargs)
-    example = captured.signature.flatten(tuple(args), kwargs or {})
-    return make_trials(captured, original_run(runnable, captured), example, count)
-
-
-def _runnable(model: Model, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:
-    """An ExportedProgram brings its own example inputs."""
-    if not isinstance(model, ExportedProgram):
-        return model, args, kwargs
-    if not args and not kwargs and model.example_inputs is not None:
-        args, kwargs = model.example_inputs
-    return model.module(), args, kwargs
 
 
 def inspect(
@@ -223,7 +151,7 @@ def inspect(
         return take_inventory(model.program, model.report.model)
     captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     raised, _ = Pipeline(captured, (), named=False).raise_()
-    return take_inventory(raised, _name(model))
+    return take_inventory(raised, model_name(model))
 
 
 def explain(
@@ -233,12 +161,12 @@ def explain(
 
     `raise_functions`, `raise_attention` and `raise_frozen_batch_norm` stand for recognition itself.
     """
-    from normfuse.explanation import explanation
-    from normfuse.raise_ import RULES
+    from normfuse.pipeline.explanation import explanation
+    from normfuse.recognise import RULES
 
     rule = select((*RULES, *pass_table()), [pass_name])[0]
     captured = capture(model, args, kwargs)
-    return explanation(captured, pass_table(), rule, _name(model))
+    return explanation(captured, pass_table(), rule, model_name(model))
 
 
 def verify(
@@ -254,50 +182,17 @@ def verify(
     A candidate made by `optimize` is judged by its weight programs over the reference's weights; any other by its own
     weights, which may differ by one rounding each. Raises `CaptureError` if a model cannot be captured.
     """
-    _, left_args, left_kwargs = _runnable(reference, args, kwargs)
-    captured, drawn, _ = _capture_and_try(reference, args, kwargs, "auto", max(1, trials))
+    _, left_args, left_kwargs = as_runnable(reference, args, kwargs)
+    captured, drawn, _ = capture_and_try(reference, args, kwargs, "auto", max(1, trials))
     assert drawn is not None
-    right, _, _ = _runnable(candidate, args, kwargs)
+    right, _, _ = as_runnable(candidate, args, kwargs)
     own = original_run(right, captured)
-    candidate64, limit = _candidate64(candidate, captured, drawn, left_args, left_kwargs)
+    right64, limit = candidate64(candidate, captured, drawn, left_args, left_kwargs)
     try:
-        error64 = max(relative_error(candidate64, drawn.reference64), default=0.0)
+        error64 = max(relative_error(right64, drawn.reference64), default=0.0)
     except Mismatch as mismatch:
         return Verification(False, math.inf, math.inf, math.inf, len(drawn.inputs), str(mismatch))
     return drawn.judge(error64, lambda inputs: [own(leaves) for leaves in inputs], limit)
-
-
-def _candidate64(candidate: Model, captured: Program, drawn: Trials, args: Any, kwargs: Any) -> tuple[Any, float]:
-    """The candidate in float64, and how far it may be off there."""
-    if isinstance(candidate, Optimized) and candidate.ledger is not None:
-        tensors = _named_tensors(captured, candidate.ledger)
-        if tensors is not None:
-            return run_float64(candidate.ledger, drawn.inputs, tensors), EXACT
-    program = candidate.program if isinstance(candidate, Optimized) else capture(candidate, args, kwargs)
-    if len(program.signature.leaves) != len(captured.signature.leaves):
-        raise VerificationError("the two models take different inputs")
-    # Weights that were rounded after a change are off by a rounding each, as much as the original's own error at most.
-    shared = _same_weights(program, captured)
-    own_error = max(relative_error(drawn.original, drawn.reference64), default=0.0)
-    return run_float64(program, drawn.inputs), EXACT if shared else max(EXACT, own_error)
-
-
-def _named_tensors(captured: Program, ledger: Program) -> dict[str, torch.Tensor] | None:
-    found: dict[str, torch.Tensor] = {}
-    for name, tensor in ledger.tensors.items():
-        if tensor.device.type != "meta":
-            found[name] = tensor
-            continue
-        given = captured.tensors.get(name)
-        if given is None or given.shape != tensor.shape:
-            return None
-        found[name] = given
-    return found
-
-
-def _same_weights(program: Program, captured: Program) -> bool:
-    known = captured.tensors.values()
-    return all(any(t.shape == k.shape and torch.equal(t, k) for k in known) for t in program.tensors.values())
 
 
 def load(path: str | Path) -> Optimized:
@@ -305,25 +200,7 @@ def load(path: str | Path) -> Optimized:
 
     Raises `NormfuseError` for what is not such a file.
     """
-    exported, extra = load_exported(Path(path))
-    saved = extra.get("report", {})
-    report = Report(model=saved.get("model", Path(path).stem), fired=saved.get("fired", {}), notes=saved.get("notes", []))
-    report.seconds = saved.get("seconds", {})
-    if saved:
-        from normfuse.rewrite.record import Refusal, RewriteRecord
-
-        report.rewrites = [RewriteRecord(**r) for r in saved["rewrites"]]
-        report.refusals = [Refusal(**r) for r in saved["refusals"]]
-        report.rolled_back = [Refusal(**r) for r in saved["rolled_back"]]
-        report.raised = saved.get("raised", {})
-        report.verification = Verification(**saved["verification"]) if saved.get("verification") else None
-    program = capture(exported)
-    program.signature = dataclasses.replace(
-        program.signature,
-        parameters=signature_of(extra.get("parameters")),
-        conditions=conditions_of(extra.get("conditions", []), program.signature.leaves) or program.signature.conditions,
-    )
-    return Optimized(program, report, backend=extra.get("backend", "torch"))
+    return Optimized.load(path)
 
 
 def export_onnx(
@@ -349,7 +226,7 @@ def export_onnx(
 
 def replay(weights: Mapping[str, WeightProgram], state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The new parameters for another checkpoint of the same model: `replay(optimized.report.weights, state_dict)`."""
-    from normfuse.bake import replay as run
+    from normfuse.weights.replay import replay as run
 
     return run(weights, state_dict)
 
@@ -362,6 +239,6 @@ def carry_adapters(
     `weights` is `optimized.report.weights`, `state_dict` the checkpoint they were trained on, `adapters` by parameter.
     Raises `NormfuseError` where a new parameter is no linear function of an adapted one.
     """
-    from normfuse.adapters import carry
+    from normfuse.weights.adapters import carry
 
     return carry(weights, state_dict, adapters)

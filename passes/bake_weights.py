@@ -12,9 +12,9 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis import Facts
-from normfuse.analysis.constants import frontier, is_random, weight_only
-from normfuse.node import op_name
-from normfuse.program import Program
+from normfuse.graph.node import op_name
+from normfuse.graph.program import Program
+from normfuse.graph.roles import frontier, is_random, weight_only
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
 
 

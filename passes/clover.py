@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import float64, fx
 
+from normfuse.algebra.heads import Side, gather, scatter
 from normfuse.analysis import Facts
 from normfuse.analysis.heads import ScoreHeads, ValueHeads, score_heads, value_heads
-from normfuse.node import aten
-from normfuse.program import Program
+from normfuse.graph.node import aten
+from normfuse.graph.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.heads import Side, gather, scatter
 
 
 def configured(*, values: bool = True, scores: bool = True) -> Transform:

@@ -14,10 +14,10 @@ from torch import fx
 
 from normfuse.analysis import Facts
 from normfuse.analysis.axes import carried_operands
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import TRANSPOSED, Projection, projection
-from normfuse.node import argument, aten, is_op, op_name, rank, readers, shape, site
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, op_name, rank, readers, shape, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 

@@ -15,14 +15,14 @@ from typing import get_args
 
 from torch import fx
 
+from normfuse.algebra.forward import Border, factors, fold_forward
+from normfuse.algebra.kernels import ingredients
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap
 from normfuse.analysis.reach import Reach, reach
-from normfuse.node import dtype, op_name, readers, site
-from normfuse.program import Program
+from normfuse.graph.node import dtype, op_name, readers, site
+from normfuse.graph.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform
-from normfuse.rewrite.forward import Border, factors, fold_forward
-from normfuse.rewrite.kernels import ingredients
 
 
 def configured(*, border: Border = "map") -> Transform:

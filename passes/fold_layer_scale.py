@@ -12,17 +12,17 @@ from __future__ import annotations
 
 from torch import fx
 
+from normfuse.algebra.channels import map_writer
+from normfuse.algebra.kernels import emit, ingredients
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap, Channelwise, Own
 from normfuse.analysis.channelwise import channelwise_operand, constant_operand
-from normfuse.analysis.constants import constants
 from normfuse.analysis.streams import Writer
 from normfuse.analysis.writers import writers
-from normfuse.node import aten, dtype, is_op, op_name, rank, shape
-from normfuse.program import Program
+from normfuse.graph.node import aten, dtype, is_op, op_name, rank, shape
+from normfuse.graph.program import Program
+from normfuse.graph.roles import constants
 from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.channels import map_writer
-from normfuse.rewrite.kernels import emit, ingredients
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:

@@ -14,12 +14,12 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis import Facts
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.streams import Reader, ends_of
-from normfuse.node import argument, aten, is_op, op_name, rank, site
-from normfuse.ops import RMS_NORM
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
+from normfuse.ops.norms import RMS_NORM
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 

@@ -14,19 +14,19 @@ from __future__ import annotations
 
 from torch import fx
 
+from normfuse.algebra.channels import map_writer
+from normfuse.algebra.forward import factors, fold_forward
+from normfuse.algebra.kernels import emit, scale_and_shift
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap, Channelwise, Own
 from normfuse.analysis.channelwise import channelwise_operand, constant_operand
-from normfuse.analysis.constants import constants
 from normfuse.analysis.homogeneous import Sources, sources_of
 from normfuse.analysis.reach import reach
 from normfuse.analysis.writers import writers
-from normfuse.node import argument, aten, dtype, is_op, op_name, rank, shape, site
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, dtype, is_op, op_name, rank, shape, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import constants
 from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.channels import map_writer
-from normfuse.rewrite.forward import factors, fold_forward
-from normfuse.rewrite.kernels import emit, scale_and_shift
 
 _SCALES = (aten.mul, aten.div)
 _SHIFTS = (aten.add, aten.sub, aten.rsub)

@@ -15,15 +15,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
+from normfuse.algebra.forward import shifted_input
+from normfuse.algebra.heads import without_bias
 from normfuse.analysis import Facts
 from normfuse.analysis.heads import ValueHeads, value_heads
 from normfuse.analysis.projections import TRANSPOSED, Projection
 from normfuse.analysis.row_sums import why_not_one
-from normfuse.node import argument, aten, is_op, op_name, shape, site
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, op_name, shape, site
+from normfuse.graph.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.forward import shifted_input
-from normfuse.rewrite.heads import without_bias
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:

@@ -15,17 +15,17 @@ from collections.abc import Sequence, Set
 
 from torch import fx
 
+from normfuse.algebra.channels import centre, map_writer
+from normfuse.algebra.means import centre_even, even_writers, share, tied_heads
 from normfuse.analysis import Facts
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.streams import Reader, Stream, Writer, stream_of
 from normfuse.analysis.writers import writers
 from normfuse.analysis.zero_mean import zero_mean
-from normfuse.node import argument, aten, is_op, op_name, rank, same_size, shape, site
-from normfuse.ops import RMS_NORM
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, op_name, rank, same_size, shape, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
+from normfuse.ops.norms import RMS_NORM
 from normfuse.rewrite import Editor, Exactness, Transform
-from normfuse.rewrite.channels import centre, map_writer
-from normfuse.rewrite.means import centre_even, even_writers, share, tied_heads
 
 TIED = ("copy", "shared")
 

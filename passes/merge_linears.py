@@ -15,13 +15,13 @@ from collections.abc import Sequence
 
 from torch import fx
 
+from normfuse.algebra.kernels import as_vector, build, call_with, emit, ingredients
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap
 from normfuse.analysis.costs import dearer, projections_in
-from normfuse.node import aten, is_op, op_name
-from normfuse.program import Program
+from normfuse.graph.node import aten, is_op, op_name
+from normfuse.graph.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.kernels import as_vector, build, call_with, emit, ingredients
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:

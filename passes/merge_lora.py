@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import fx
 
+from normfuse.algebra.kernels import ingredients, write_terms
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap, Channelwise, Composed, Own, Sum
-from normfuse.node import aten, is_op, op_name, site
-from normfuse.program import Program
+from normfuse.graph.node import aten, is_op, op_name, site
+from normfuse.graph.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform
-from normfuse.rewrite.kernels import ingredients, write_terms
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from normfuse.algebra.scales import activation_aware, look, migrate, score_scale, smooth
 from normfuse.analysis import Facts
 from normfuse.analysis.scaling import Pair, ScorePair, pairs, score_pairs
-from normfuse.node import module_path, op_name
-from normfuse.program import Program
+from normfuse.graph.node import module_path, op_name
+from normfuse.graph.program import Program
 from normfuse.rewrite import Editor, Exactness, Transform
-from normfuse.rewrite.scales import activation_aware, look, migrate, score_scale, smooth
 
 METHODS = ("smoothquant", "awq")
 

@@ -13,8 +13,8 @@ from typing import Any
 from torch import fx
 
 from normfuse.analysis import Facts
-from normfuse.node import argument, arguments, aten, dtype, is_op, op_name, same_size, shape
-from normfuse.program import Program
+from normfuse.graph.node import argument, arguments, aten, dtype, is_op, op_name, same_size, shape
+from normfuse.graph.program import Program
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
 
 _DROPOUTS = (

@@ -15,18 +15,18 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from normfuse.algebra.channels import map_writer, narrow, times
+from normfuse.algebra.orthogonal import complement_of_ones
 from normfuse.analysis import Facts
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.streams import Reader, Stream, stream_of
 from normfuse.analysis.writers import writers
 from normfuse.analysis.zero_mean import zero_mean
-from normfuse.node import argument, is_op, op_name, rank, shape, site
-from normfuse.ops import RMS_NORM
-from normfuse.program import Program
+from normfuse.graph.node import argument, is_op, op_name, rank, shape, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
+from normfuse.ops.norms import RMS_NORM
 from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.channels import map_writer, narrow, times
-from normfuse.rewrite.orthogonal import complement_of_ones
 
 FORMS = ("drop_last", "householder")
 

@@ -17,21 +17,21 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from normfuse.algebra.calibration import principal_axes
+from normfuse.algebra.channels import map_writer, times
+from normfuse.algebra.heads import map_value_heads
+from normfuse.algebra.online import turn_online
+from normfuse.algebra.orthogonal import hadamard_rotation, is_orthogonal, random_orthogonal
 from normfuse.analysis import Facts
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.heads import value_heads
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.streams import Reader, Stream, stream_of
 from normfuse.analysis.writers import writers
-from normfuse.node import argument, aten, is_op, op_name, rank, site
-from normfuse.ops import CRMS_NORM, RMS_NORM
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
+from normfuse.ops.norms import CRMS_NORM, RMS_NORM
 from normfuse.rewrite import Editor, Exactness, Transform, Value
-from normfuse.rewrite.calibration import principal_axes
-from normfuse.rewrite.channels import map_writer, times
-from normfuse.rewrite.heads import map_value_heads
-from normfuse.rewrite.online import turn_online
-from normfuse.rewrite.orthogonal import hadamard_rotation, is_orthogonal, random_orthogonal
 
 Make = Callable[[Program, Stream | None, int], Tensor | str]
 KINDS = ("hadamard", "random", "klt", "klt_hadamard")

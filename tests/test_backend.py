@@ -11,8 +11,8 @@ import torch
 
 import normfuse
 from tests.support import image, randomised
-from tests.test_hugging_face import close
 from tests.zoo.hugging_face import HUGGING_FACE
+from tests.zoo.test_hugging_face import close
 
 
 def compiled(model: torch.nn.Module, below: str) -> torch.nn.Module:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,9 @@ API = ROOT / "normfuse/api.py"
 ENGINE_LINES = 400
 PASS_LINES = 150
 
-PASSES_MAY = ("normfuse.rewrite", "normfuse.analysis", "normfuse.ops", "normfuse.program", "normfuse.node", "torch")
+PASSES_MAY = ("normfuse.algebra", "normfuse.analysis", "normfuse.graph", "normfuse.ops", "normfuse.rewrite", "torch")
 PASSES_MAY_STDLIB = ("__future__", "collections", "dataclasses", "functools", "itertools", "math", "operator", "typing")
-PUBLIC = ("normfuse.cli", "normfuse.functional", "normfuse.models", "normfuse.nn")
+PUBLIC = ("normfuse.cli.main", "normfuse.functional", "normfuse.models", "normfuse.nn")
 ONNX = ("onnx", "onnxruntime", "onnxscript", "onnx_ir")
 HEAVY = (
     "matplotlib", "networkx", "normfuse.models", "normfuse.passes", "pandas", "rich", "timm", "torch._dynamo",
@@ -53,6 +54,65 @@ def forbid(imported: Iterable[Import], wrong: Callable[[Import], bool]) -> None:
 
 
 # --- who may import whom
+
+
+ORDER = (
+    ("errors", "progress", "ops"),
+    ("files", "graph"),
+    ("capture", "evaluate", "show"),
+    ("analysis", "weights"),
+    ("rewrite",),
+    ("algebra", "recognise"),
+    ("passes", "inventory", "lower"),
+    ("functional", "verification"),
+    ("nn", "pipeline"),
+    ("inplace", "learn", "report"),
+    ("optimized",),
+    ("api", "named_model"),
+    ("", "backend", "pytest_plugin"),
+    ("benchmark",),
+    ("cli", "__main__"),
+    ("tools",),
+)
+"""Who may import whom: a room imports itself and rooms of earlier lines, lazily or for types no more than otherwise.
+The empty name is `normfuse/__init__.py`."""
+APART = ("models",)
+"""Found by name alone."""
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
+
+
+def room_of(module: str) -> str:
+    """`graph` for `normfuse.graph.node`, `tools` for what lies there."""
+    top, *rest = module.split(".")
+    return top if top == "tools" else rest[0] if rest else ""
+
+
+@pytest.mark.parametrize("room", [room for room in RANK if room])
+def test_a_room_imports_rooms_that_stand_before_it(room: str) -> None:
+    def wrong(each: Import) -> bool:
+        other = room_of(each.target)
+        if not each.within("normfuse") or other in (room, *APART) or (room, other) == ("api", "passes"):
+            return False
+        return RANK[other] >= RANK[room] or (other == "" and each.target != "normfuse")
+
+    forbid((each for name, path in modules().items() if room_of(name) == room for each in imports(path)), wrong)
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room_of(name) for name in modules()} <= {*RANK, *APART}
+
+
+def test_files_do_not_import_each_other_in_a_circle() -> None:
+    paths = modules()
+    arrows = {name: {e.target for e in imports(path) if e.target in paths} - {name} for name, path in paths.items()}
+    for name, targets in arrows.items():
+        targets -= {target for target in targets if is_own_package(name, target)}
+    TopologicalSorter(arrows).prepare()  # raises CycleError with the circle
+
+
+def is_own_package(name: str, target: str) -> bool:
+    """A file names the package it stands in when it takes a neighbour from it."""
+    return name.startswith(target + ".")
 
 
 @EACH_PASS
@@ -82,7 +142,7 @@ def test_only_api_reaches_the_passes_and_only_when_called() -> None:
 
 
 def test_the_specimens_are_reached_by_name_alone() -> None:
-    finder = ROOT / "normfuse/models_of.py"
+    finder = ROOT / "normfuse/named_model.py"
     forbid(found("normfuse"), lambda each: each.within("normfuse.models") and not (each.path == finder and each.deep))
 
 
@@ -95,11 +155,21 @@ def test_triton_is_imported_where_kernels_are_made() -> None:
 
 def test_onnx_is_imported_where_onnx_is_written() -> None:
     def away(each: Import) -> bool:
-        lower = ROOT / "normfuse/lower"
-        home = each.path.is_relative_to(lower) and each.path.relative_to(lower).parts[0].startswith("onnx")
-        return not (home and each.deep)
+        homes = (ROOT / "normfuse/lower/onnx", ROOT / "normfuse/benchmark")
+        return not (any(each.path.is_relative_to(home) for home in homes) and each.deep)
 
     forbid(found("normfuse", "passes", "models"), lambda each: each.within(*ONNX) and away(each))
+
+
+def test_rich_is_imported_where_people_read() -> None:
+    homes = [ROOT / "normfuse" / room for room in ("show", "cli", "benchmark")]
+    lazily = homes[:1]
+
+    def away(each: Import) -> bool:
+        home = next((h for h in homes if each.path.is_relative_to(h)), None)
+        return home is None or (home in lazily and not each.deep)
+
+    forbid(found("normfuse", "passes", "models"), lambda each: each.within("rich") and away(each))
 
 
 def test_specimens_know_torch_alone() -> None:

@@ -60,7 +60,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(wheel: Path) -> None:
         names = [name for name in archive.namelist() if ".dist-info/" not in name]
     wanted = {f"{name.replace('.', '/')}{'/__init__' if path.name == '__init__.py' else ''}.py"
               for name, path in modules().items()}  # fmt: skip
-    assert set(names) == {*wanted, "normfuse/py.typed", "normfuse/lower/onnx/costs.json"}
+    assert set(names) == {*wanted, "normfuse/py.typed", "normfuse/lower/costs.json"}
 
 
 def test_the_wheel_declares_its_entry_points_and_licence(wheel: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_wheel_declares_its_entry_points_and_licence(wheel: Path) -> None:
         points = archive.read(f"{info}/entry_points.txt").decode()
         assert f"{info}/licenses/LICENSE" in archive.namelist()
     assert "[torch_dynamo_backends]\nnormfuse = normfuse.backend:normfuse_backend" in points
-    assert "[console_scripts]\nnormfuse = normfuse.cli:main" in points
+    assert "[console_scripts]\nnormfuse = normfuse.cli.main:main" in points
 
 
 def test_every_module_imports_from_outside_the_checkout(installed: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("normfuse ")
 ]
-RUN_COMMAND = "import sys; sys.argv[0] = 'normfuse'; from normfuse.cli import main; main()"
+RUN_COMMAND = "import sys; sys.argv[0] = 'normfuse'; from normfuse.cli.main import main; main()"
 
 
 def test_python_blocks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import typer
 
-from normfuse.cli import bench
+from normfuse.cli.main import bench
 
 if __name__ == "__main__":
     typer.run(bench)

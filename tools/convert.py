@@ -2,7 +2,7 @@
 
 import typer
 
-from normfuse.cli import convert
+from normfuse.cli.main import convert
 
 if __name__ == "__main__":
     typer.run(convert)

@@ -17,11 +17,11 @@ from typing import Any
 from torch import Tensor, fx
 
 from normfuse.analysis.channelwise import acts_on, as_large, channelwise_operand
-from normfuse.analysis.constants import constants
 from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED, Projection, projection
 from normfuse.analysis.windows import Window, Windows, common
-from normfuse.node import argument, arguments, aten, is_op, rank, shape, value
-from normfuse.program import Program
+from normfuse.graph.node import argument, arguments, aten, is_op, rank, shape, value
+from normfuse.graph.program import Program
+from normfuse.graph.roles import constants
 
 
 @dataclass(frozen=True)
@@ -368,5 +368,3 @@ def windows_of(node: fx.Node, kernel: Sequence[Any]) -> Windows | None:
         return None
     taps = zip(kernel, strides, dilations, pads, strict=True)
     return tuple(Window(k, s, d, low, high) for k, s, d, (low, high) in taps)
-
-

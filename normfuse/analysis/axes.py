@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normfuse.node import arguments, aten, is_getitem, is_one, positive_axis, product, rank, same_size, shape, value
+from normfuse.graph.node import arguments, aten, is_getitem, is_one, positive_axis, product, rank, same_size, shape, value
 
 Carried = list[tuple[fx.Node, int]]
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normfuse.node import argument, arguments, aten, is_op, rank, same_size, shape, value
+from normfuse.graph.node import argument, arguments, aten, is_op, rank, same_size, shape, value
 
 _COPIES = (aten.contiguous, aten.clone)
 

@@ -7,7 +7,7 @@ from torch import fx
 from normfuse.analysis.affine import AffineMap
 from normfuse.analysis.projections import CONVOLUTIONS, projection
 from normfuse.analysis.windows import count
-from normfuse.node import aten, is_op, rank, shape
+from normfuse.graph.node import aten, is_op, rank, shape
 
 
 def projections_in(m: AffineMap, weights: frozenset[fx.Node]) -> list[fx.Node]:

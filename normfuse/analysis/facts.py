@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from normfuse.program import Program
+from normfuse.graph.program import Program
 
 T = TypeVar("T")
 

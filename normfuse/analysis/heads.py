@@ -9,8 +9,8 @@ from torch import Tensor, fx
 
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.routes import Route, Routes, columns_of
-from normfuse.node import aten, is_op, op_name, rank, site
-from normfuse.program import Program
+from normfuse.graph.node import aten, is_op, op_name, rank, site
+from normfuse.graph.program import Program
 
 
 @dataclass(frozen=True)

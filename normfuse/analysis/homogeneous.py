@@ -15,7 +15,7 @@ from torch import fx
 from normfuse.analysis.projections import projection
 from normfuse.analysis.streams import Writer
 from normfuse.analysis.writers import Writers
-from normfuse.node import argument, arguments, aten, is_getitem, is_op, op_name, rank, readers, site
+from normfuse.graph.node import argument, arguments, aten, is_getitem, is_op, op_name, rank, readers, site
 
 NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm, aten.batch_norm, aten.group_norm)
 _PRODUCTS = (aten.mul, aten.matmul, aten.bmm)

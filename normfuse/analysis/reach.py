@@ -15,7 +15,7 @@ from torch import fx
 
 from normfuse.analysis.axes import carried_operands, carried_to
 from normfuse.analysis.projections import TRANSPOSED, Projection, projection
-from normfuse.node import argument, arguments, aten, is_op, op_name, product, rank, readers, same_size, shape, site
+from normfuse.graph.node import argument, arguments, aten, is_op, op_name, product, rank, readers, same_size, shape, site
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import Projection, projection
-from normfuse.node import argument, aten, is_getitem, is_op, rank, readers, same_size, shape, value
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_getitem, is_op, rank, readers, same_size, shape, value
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
 
 _MOVES = (
     aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.transpose, aten.t, aten.permute,

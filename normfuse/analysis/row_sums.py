@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor, fx
 
-from normfuse.analysis.constants import constants
-from normfuse.evaluate import Weights
-from normfuse.node import argument, arguments, aten, is_op, op_name, rank, same_size, shape, site, value
-from normfuse.program import Program
+from normfuse.evaluate.rows import Weights
+from normfuse.graph.node import argument, arguments, aten, is_op, op_name, rank, same_size, shape, site, value
+from normfuse.graph.program import Program
+from normfuse.graph.roles import constants
 
 Bounds = tuple[float, float]
 

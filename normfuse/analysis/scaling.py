@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.heads import also_used
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.routes import End, Routes
-from normfuse.node import argument, aten, is_op, op_name, rank, shape, site
-from normfuse.ops import RMS_NORM
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, op_name, rank, shape, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
+from normfuse.ops.norms import RMS_NORM
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor, fx
 
-from normfuse.evaluate import Weights
-from normfuse.node import aten, is_op
-from normfuse.program import Program
+from normfuse.evaluate.rows import Weights
+from normfuse.graph.node import aten, is_op
+from normfuse.graph.program import Program
 
 
 def always_positive(node: fx.Node) -> bool:

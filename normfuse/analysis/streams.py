@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands, carried_to
-from normfuse.node import aten, is_op, readers
+from normfuse.graph.node import aten, is_op, readers
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from normfuse.node import same_size
+from normfuse.graph.node import same_size
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands
-from normfuse.analysis.constants import weight_only
 from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED
 from normfuse.analysis.streams import Writer
-from normfuse.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
-from normfuse.ops import RMS_NORM
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
+from normfuse.graph.program import Program
+from normfuse.graph.roles import weight_only
+from normfuse.ops.norms import RMS_NORM
 
 NORMS = (aten.layer_norm, RMS_NORM)
 

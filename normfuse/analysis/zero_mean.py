@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands
-from normfuse.node import argument, aten, is_op, positive_axis, rank, shape, value
-from normfuse.ops import RMS_NORM
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, positive_axis, rank, shape, value
+from normfuse.graph.program import Program
+from normfuse.ops.norms import RMS_NORM
 
 
 class ZeroMean:

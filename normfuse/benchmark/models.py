@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from normfuse.errors import NormfuseError
-from normfuse.models_of import Loaded, find
+from normfuse.named_model import Loaded, find
 
 LENGTH, SIDE = 128, 224
 

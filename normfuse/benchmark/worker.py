@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from normfuse.models_of import Loaded
+from normfuse.named_model import Loaded
 
 Call = Callable[[], Any]
 FILES = {"onnx": "plain.onnx", "onnx-transformers": "transformers.onnx", "normfuse-onnxruntime": "normfuse.onnx"}
@@ -52,9 +52,9 @@ def _reference(loaded: Loaded, work: Path, threads: int) -> dict[str, Any]:
     """Inputs and float64 outputs for the other steps, eager's own error, the work of one call, the machine's ceiling."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from normfuse.capture import capture
-    from normfuse.evaluate import run_float64
-    from normfuse.lower.onnx.peers import matrix_ceiling
+    from normfuse.benchmark.peers import matrix_ceiling
+    from normfuse.capture.export import capture
+    from normfuse.evaluate.float64 import run_float64
 
     counter = FlopCounterMode(display=False)
     with counter:
@@ -87,7 +87,7 @@ def _error(outputs: Any, work: Path) -> float:
 
 
 def _prepare_onnx(loaded: Loaded, work: Path) -> dict[str, Any]:
-    from normfuse.lower.onnx import peers
+    from normfuse.benchmark import peers
 
     started = time.perf_counter()
     peers.plain_export(loaded.model, loaded.args, loaded.kwargs, work / FILES["onnx"])  # type: ignore[arg-type]
@@ -95,8 +95,8 @@ def _prepare_onnx(loaded: Loaded, work: Path) -> dict[str, Any]:
 
 
 def _prepare_transformers(loaded: Loaded, work: Path) -> dict[str, Any]:
+    from normfuse.benchmark import peers
     from normfuse.benchmark.models import MODEL_TYPES
-    from normfuse.lower.onnx import peers
 
     config: Any = loaded.model.config  # type: ignore[union-attr]
     heads, width = getattr(config, "num_attention_heads", 0), getattr(config, "hidden_size", 0)
@@ -117,7 +117,7 @@ def _first_run(work: Path, contender: str, started: float) -> dict[str, Any]:
 def _prepare_normfuse(loaded: Loaded, work: Path) -> dict[str, Any]:
     """The module as a user has it for the first call and the error, then the same program as a file for the rounds."""
     import normfuse
-    from normfuse.lower.onnx import peers
+    from normfuse.benchmark import peers
 
     started = time.perf_counter()
     optimized = normfuse.optimize(
@@ -148,7 +148,7 @@ def _time_file(work: Path, contender: str, seconds: float) -> dict[str, Any]:
 
 
 def _file_call(work: Path, contender: str) -> Call:
-    from normfuse.lower.onnx import peers
+    from normfuse.benchmark import peers
 
     run = peers.session(work / FILES[contender])
     inputs = torch.load(work / "inputs.pt", weights_only=True)

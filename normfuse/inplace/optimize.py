@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx, nn
 
-from normfuse.bake import WeightProgram, evaluate, sources_of
 from normfuse.errors import VerificationError
-from normfuse.evaluate import run_float64
+from normfuse.evaluate.float64 import run_float64
+from normfuse.graph.program import Program
 from normfuse.inplace.plan import Plan, plan_write_back
 from normfuse.inplace.write import write_back
-from normfuse.pipeline import Pipeline, Result, detached
-from normfuse.program import Program
+from normfuse.pipeline.run import Pipeline, Result, detached
 from normfuse.rewrite import Exactness, Phase
 from normfuse.rewrite.record import FiringKey, Log, Refusal
 from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
 from normfuse.verification.trials import Run, Trials
+from normfuse.weights.program import WeightProgram, evaluate, sources_of
 
 
 @dataclasses.dataclass

@@ -14,11 +14,23 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from normfuse.analysis.constants import is_view, weight_only
+from normfuse.graph.node import (
+    argument,
+    arguments,
+    aten,
+    expression,
+    is_op,
+    module_path,
+    op_name,
+    readers,
+    shape,
+    site,
+    value,
+)
+from normfuse.graph.program import Program
+from normfuse.graph.roles import is_view, weight_only
 from normfuse.inplace.slots import Slots, same_program
-from normfuse.node import argument, arguments, aten, expression, is_op, module_path, op_name, readers, shape, site, value
-from normfuse.ops import RMS_NORM
-from normfuse.program import Program
+from normfuse.ops.norms import RMS_NORM
 from normfuse.rewrite.record import FiringKey
 
 NORMS = (aten.layer_norm, RMS_NORM, aten.batch_norm)

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from normfuse.node import shape
-from normfuse.program import Program
+from normfuse.graph.node import shape
+from normfuse.graph.program import Program
 
 Conflict = tuple[str, str, list[fx.Node]]
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from normfuse.errors import LoweringError
+from normfuse.graph.program import Program
 from normfuse.lower.torch import fastest, graph_module
-from normfuse.program import Program
 
 Run = Callable[..., Sequence[Any]]
 LOWERING = Lock()
@@ -32,7 +32,7 @@ def check_backend(backend: str) -> None:
     if kind not in BACKENDS or (provider and kind != "onnxruntime"):
         raise LoweringError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}, onnxruntime:<provider>")
     if kind == "onnxruntime":
-        from normfuse.lower.onnx.runtime import check_provider
+        from normfuse.lower.onnx.run.runtime import check_provider
 
         check_provider(provider)
 
@@ -41,7 +41,7 @@ def executable(program: Program, backend: str) -> Run:
     """The program made ready to run on flat leaves, for the device that its tensors are on now."""
     kind, _, provider = backend.partition(":")
     if kind == "onnxruntime":
-        from normfuse.lower.onnx.runtime import Runtime
+        from normfuse.lower.onnx.run.runtime import Runtime
 
         return Runtime(program, provider)
     device = next((t.device for t in program.tensors.values()), torch.device("cpu"))

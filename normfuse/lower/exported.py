@@ -20,8 +20,8 @@ from torch.export.graph_signature import (
 from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.value_ranges import ValueRanges
 
-from normfuse.node import value
-from normfuse.program import Program
+from normfuse.graph.node import value
+from normfuse.graph.program import Program
 
 _KINDS = {"parameter": InputKind.PARAMETER, "buffer": InputKind.BUFFER, "constant": InputKind.CONSTANT_TENSOR}
 _PREFIX = {"parameter": "p_", "buffer": "b_", "constant": "c_"}

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfuse.node import argument, aten, is_op, rank, value
-from normfuse.ops import RMS_NORM, decompose
-from normfuse.program import Program
+from normfuse.graph.node import argument, aten, is_op, rank, value
+from normfuse.graph.program import Program
+from normfuse.graph.structure import check_structure
+from normfuse.ops.norms import RMS_NORM
 from normfuse.rewrite import Editor, Log, Value
-from normfuse.structure import check_structure
+from normfuse.rewrite.decompose import decompose
 
 
 def plain(program: Program) -> Program:

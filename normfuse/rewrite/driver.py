@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from torch import fx
 
 from normfuse.analysis import Facts
-from normfuse.analysis.constants import constants
-from normfuse.node import is_op, site, source_line
-from normfuse.program import Program
+from normfuse.graph.node import is_op, site, source_line
+from normfuse.graph.program import Program
+from normfuse.graph.roles import constants
+from normfuse.graph.structure import check_structure
 from normfuse.progress import say
 from normfuse.rewrite.editor import Editor, Value
 from normfuse.rewrite.record import Log
 from normfuse.rewrite.rule import Match, Refused, Rewrite, Rule, Transform
-from normfuse.structure import check_structure
 
 _MAX_SWEEPS = 32
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.node import arguments, aten, is_weight, rank, shape, value
-from normfuse.program import Origin, Program
+from normfuse.graph.node import arguments, aten, is_weight, rank, shape, value
+from normfuse.graph.program import Origin, Program
 from normfuse.rewrite.record import FiringKey, Log
 
 
@@ -320,3 +320,21 @@ def _key(structure: Any) -> Any:
     if isinstance(structure, Tensor):
         return id(structure)
     return (type(structure), structure)
+
+
+def constant(program: Program, name: str, tensor: Tensor, *, like: str = "") -> fx.Node:
+    """A tensor of the form's own, once per name; a parameter if it is made of one."""
+    for node in program.graph.nodes:
+        if node.op == "get_attr" and node.target == name:
+            return node  # type: ignore[no-any-return]
+        if node.op == "call_function":
+            break
+    origin = program.origins.get(like)
+    program.tensors[name] = tensor
+    program.origins[name] = Origin((name,), origin.kind if origin else "buffer")
+    first = next(n for n in program.graph.nodes if n.op != "placeholder")
+    with program.graph.inserting_before(first):
+        node = program.graph.create_node("get_attr", name, (), {}, name=name.replace(".", "_"))
+    with program.fake_mode:
+        node.meta = {"val": torch.empty(tensor.shape, dtype=tensor.dtype), "site_name": name}
+    return node

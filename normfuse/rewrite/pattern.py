@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.node import arguments, aten, is_op
+from normfuse.graph.node import arguments, aten, is_op
 
 Bindings = Mapping[str, Any]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from normfuse.node import site
+from normfuse.graph.node import site
 
 FiringKey = tuple[str, str]
 

@@ -16,8 +16,8 @@ from typing import Any
 from torch import fx
 
 from normfuse.analysis import Facts
-from normfuse.node import readers
-from normfuse.program import Program
+from normfuse.graph.node import readers
+from normfuse.graph.program import Program
 from normfuse.rewrite.editor import Editor
 from normfuse.rewrite.exactness import Exactness
 from normfuse.rewrite.pattern import Pattern

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from normfuse.program import Program
+from normfuse.graph.program import Program
 from normfuse.rewrite.record import FiringKey, Log
 
 Build = Callable[[Log], Program]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.program import Leaf, Signature
+from normfuse.graph.signature import Leaf, Signature
 
 Leaves = list[Any]
 _IMAGE_RANK = 4

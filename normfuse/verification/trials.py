@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from normfuse.errors import VerificationError
-from normfuse.evaluate import run_float64
+from normfuse.evaluate.float64 import run_float64
+from normfuse.graph.program import Program
 from normfuse.lower.torch import fastest, graph_module
-from normfuse.program import Program
 from normfuse.verification.inputs import draws
 from normfuse.verification.numerics import EXACT, Verification, compare
 

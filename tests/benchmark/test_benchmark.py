@@ -9,12 +9,11 @@ import pytest
 import torch
 
 import normfuse
-from normfuse.benchmark import Plan, Result, estimate, read, rounds, run_benchmark
+from normfuse.benchmark import Plan, Result, estimate, peers, read, rounds, run_benchmark
 from normfuse.benchmark.models import SUITES, load
 from normfuse.benchmark.result import Cell
 from normfuse.benchmark.show import markdown, plot
 from normfuse.errors import NormfuseError
-from normfuse.lower.onnx import peers
 
 KEY = ("gpt", 1)
 TIMES = {"eager": 40.0, "onnx": 20.0, "normfuse-onnxruntime": 16.0, "inductor": 30.0}

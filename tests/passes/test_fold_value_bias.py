@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normfuse
+from normfuse.graph.node import aten, is_op
 from normfuse.models import bert, gpt, vit
-from normfuse.node import aten, is_op
 from normfuse.passes import fold_value_bias
 
 from .checking import assert_idempotent, assert_mutant_fails, assert_same, randomized, reasons, run

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import normfuse
 from normfuse import models
+from normfuse.algebra.channels import centre
 from normfuse.passes import layer_norm_to_rms_norm
-from normfuse.rewrite.channels import centre
 from tests.support import (
     assert_idempotent,
     assert_rolled_back,

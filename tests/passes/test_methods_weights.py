@@ -16,7 +16,7 @@ import normfuse
 from tests.passes.test_bake_weights import Compander, Conditioned, trained
 from tests.passes.test_methods_norms import worst
 from tests.support import assert_same_function, image, operators, randomised
-from tests.test_weight_functions import TwoSided
+from tests.weights.test_weight_functions import TwoSided
 from tests.zoo.entry import randomise, seeded
 
 BAKE = "bake_weights"

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normfuse
+from normfuse.algebra import scales
+from normfuse.graph.node import aten, is_op
 from normfuse.models import gpt, llama, vit
 from normfuse.models._random import randomized
-from normfuse.node import aten, is_op
 from normfuse.passes import migrate_scales
-from normfuse.rewrite import Rule, scales
+from normfuse.rewrite import Rule
 
 GROUPED = llama.Config(dim=64, heads=8, kv_heads=2)
 
@@ -390,7 +391,7 @@ def error_w8a8(optimized: normfuse.Optimized, x: Tensor) -> float:
     [linear] = [n for n in program.graph.nodes if is_op(n, aten.linear)]
     weight = program.tensors[str(linear.args[1].target)].double()
     seen: list[Tensor] = []
-    from normfuse.rewrite.calibration import observe
+    from normfuse.algebra.calibration import observe
 
     observe(program, [linear.args[0]], [x], lambda node, got: seen.append(got), "w8a8")
     whole = [scales.fake_quantized(t.reshape(1, -1), 8).reshape(t.shape) for t in (seen[0], weight)]

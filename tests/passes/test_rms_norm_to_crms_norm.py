@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 import normfuse
+from normfuse.graph.node import aten, is_op, shape
 from normfuse.models import gpt, llama, neox, vit
-from normfuse.node import aten, is_op, shape
-from normfuse.ops import CRMS_NORM, RMS_NORM
+from normfuse.ops.norms import CRMS_NORM, RMS_NORM
 from normfuse.passes import rms_norm_to_crms_norm, rotate_residual
 from normfuse.rewrite import Rule
 
@@ -139,7 +139,7 @@ def test_the_householder_form_turns_and_the_other_does_not() -> None:
 
 def test_a_rotated_crms_norm_is_another_function() -> None:
     """The negative control: what `rotate_residual` refuses would be wrong."""
-    from normfuse.rewrite.orthogonal import random_orthogonal
+    from normfuse.algebra.orthogonal import random_orthogonal
 
     z, q = torch.randn(40, 63, dtype=torch.float64) + 0.3, random_orthogonal(63, 2)
     for op, least in ((CRMS_NORM, 1e-2), (RMS_NORM, 0.0)):

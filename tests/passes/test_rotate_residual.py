@@ -11,15 +11,15 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import normfuse
+from normfuse.algebra.calibration import observe
+from normfuse.algebra.orthogonal import hadamard, hadamard_rotation, random_orthogonal
+from normfuse.graph.node import aten, is_op
+from normfuse.graph.program import Program
 from normfuse.models import gpt, llama, neox, vit
 from normfuse.models._random import randomized
-from normfuse.node import aten, is_op
-from normfuse.ops import RMS_NORM
+from normfuse.ops.norms import RMS_NORM
 from normfuse.passes import rotate_residual
-from normfuse.program import Program
 from normfuse.rewrite import Rule
-from normfuse.rewrite.calibration import observe
-from normfuse.rewrite.orthogonal import hadamard, hadamard_rotation, random_orthogonal
 
 BEFORE = ["layer_norm_to_rms_norm", "fold_norm_affine"]
 

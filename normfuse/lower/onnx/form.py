@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from torch import fx
 
-from normfuse.lower.onnx import simplify
-from normfuse.lower.onnx.adaptive_pool import adaptive_pool
-from normfuse.lower.onnx.attention import lower_attention
-from normfuse.lower.onnx.attention_bias import drop_attention_biases
-from normfuse.lower.onnx.attention_pieces import spell_attention
-from normfuse.lower.onnx.choice import Choice
-from normfuse.lower.onnx.depthwise import split_grouped
-from normfuse.lower.onnx.experts import lower_experts
-from normfuse.lower.onnx.gates import spread_gates
-from normfuse.lower.onnx.linear import lower_linear, unflatten_products
-from normfuse.lower.onnx.masks import recognise_masks
-from normfuse.lower.onnx.norms import lower_norm
-from normfuse.lower.onnx.rows import gather_rows
-from normfuse.node import aten
-from normfuse.ops import decompose
-from normfuse.program import Program
+from normfuse.graph.node import aten
+from normfuse.graph.program import Program
+from normfuse.graph.structure import check_structure
+from normfuse.lower.decisions import Choice
+from normfuse.lower.onnx.rules import simplify
+from normfuse.lower.onnx.rules.adaptive_pool import adaptive_pool
+from normfuse.lower.onnx.rules.attention import lower_attention
+from normfuse.lower.onnx.rules.attention_bias import drop_attention_biases
+from normfuse.lower.onnx.rules.attention_pieces import spell_attention
+from normfuse.lower.onnx.rules.depthwise import split_grouped
+from normfuse.lower.onnx.rules.experts import lower_experts
+from normfuse.lower.onnx.rules.gates import spread_gates
+from normfuse.lower.onnx.rules.linear import lower_linear, unflatten_products
+from normfuse.lower.onnx.rules.masks import recognise_masks
+from normfuse.lower.onnx.rules.norms import lower_norm
+from normfuse.lower.onnx.rules.rows import gather_rows
 from normfuse.rewrite import Editor, Log
-from normfuse.structure import check_structure
+from normfuse.rewrite.decompose import decompose
 
 
 def onnx_form(program: Program, choice: Choice) -> Program:

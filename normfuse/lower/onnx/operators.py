@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from normfuse import ops
+from normfuse.ops import norms as ops
 
 _library = torch.library.Library("normfuse_onnx", "DEF")
 
@@ -110,7 +110,6 @@ ATTENTION = _define(
     _attention_fake,
 )
 """Heads (batch, heads, length, width), or side by side (batch, length, heads * width)."""
-
 
 
 def _scaled_product(x: Tensor, y: Tensor, scale: float) -> Tensor:

@@ -1,0 +1,1 @@
+"""What passes do to weights: kernels, channels, scales, means, other bases."""

@@ -1,0 +1,1 @@
+"""Capture: from what the user gave to the canonical graph."""

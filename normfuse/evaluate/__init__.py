@@ -1,0 +1,1 @@
+"""A graph on values, in float64."""

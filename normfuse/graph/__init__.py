@@ -1,0 +1,1 @@
+"""The canonical graph: nodes, programs, signatures, what each value depends on."""

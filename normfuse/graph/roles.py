@@ -1,0 +1,189 @@
+"""What each node's value depends on: sizes alone, fixed tensors, parameters, or the inputs."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+import torch
+from torch import fx
+
+from normfuse.graph.node import aten, is_getitem, is_op, value
+from normfuse.graph.program import Program
+
+_VALUES_IGNORED = (
+    aten.new_ones, aten.new_zeros, aten.new_empty, aten.new_full, aten.zeros_like, aten.ones_like, aten.empty_like,
+    aten.full_like, aten.sym_size, aten.sym_numel, aten.sym_stride,
+)  # fmt: skip
+
+
+class Role(Enum):
+    """SIZE: no tensor. FIXED: literals and buffers. WEIGHT: parameters too. ACTIVATION: the inputs too."""
+
+    SIZE = 0
+    FIXED = 1
+    WEIGHT = 2
+    ACTIVATION = 3
+
+
+class Roles:
+    """`roles(node)`: worked out once for a graph, and for new nodes from their operands."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._latents: frozenset[fx.Node] = frozenset()
+        self._known: dict[fx.Node, Role] = {}
+        self._work_out()
+        self._latents = _latents(program, self._known)
+        if self._latents:
+            self._work_out()
+
+    def _work_out(self) -> None:
+        self._known = {}
+        for node in self.program.graph.nodes:
+            self._known[node] = self._of(node)
+
+    def __call__(self, node: fx.Node) -> Role:
+        if node not in self._known:
+            self._known[node] = self._of(node)
+        return self._known[node]
+
+    def _of(self, node: fx.Node) -> Role:
+        if node.op == "placeholder" or node in self._latents:
+            return Role.ACTIVATION
+        if node.op == "get_attr":
+            origin = self.program.origins.get(str(node.target))
+            return Role.WEIGHT if origin is None or origin.kind == "parameter" else Role.FIXED
+        val = value(node)
+        if node.op == "call_function" and not isinstance(val, torch.Tensor | tuple | list):
+            return Role.SIZE
+        if is_random(node):
+            return Role.ACTIVATION
+        if is_op(node, *_VALUES_IGNORED):
+            fill = [n for n in node.all_input_nodes[1:] if isinstance(value(n), torch.Tensor)]
+            return max((self(n) for n in fill), default=Role.FIXED, key=lambda r: r.value)
+        roles = [self(n) for n in node.all_input_nodes]
+        return max([Role.FIXED, *roles], key=lambda r: r.value)
+
+
+_MOMENTS = (aten.mean, aten.sum, aten.var, aten.var_mean, aten.std, aten.linalg_vector_norm, aten.norm)
+_FAR = 16
+
+
+def _latents(program: Program, roles: dict[fx.Node, Role]) -> frozenset[fx.Node]:
+    """Parameters that are tokens: normalised by hand, then projected or attended to as an input would be."""
+    found: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if is_op(node, *_MOMENTS) and roles[node] is Role.WEIGHT and _is_projected(node, roles):
+            leaves = [n for n in _leaves(node) if roles[n] is Role.WEIGHT]
+            found.update(n for n in leaves if value(n).dim() >= 2)
+    return frozenset(found)
+
+
+def _is_projected(node: fx.Node, roles: dict[fx.Node, Role]) -> bool:
+    pending, seen = [node], {node}
+    for _ in range(_FAR):
+        if not pending:
+            return False
+        current = pending.pop(0)
+        for user in current.users:
+            if is_op(user, aten.linear) and user.args[0] is current and current is not user.args[1]:
+                return True
+            if is_op(user, aten.scaled_dot_product_attention, aten.cat):
+                return True
+            if roles[user] is Role.WEIGHT and user not in seen and not is_op(user, aten.linear):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _leaves(node: fx.Node) -> list[fx.Node]:
+    pending, seen = [node], {node}
+    while pending:
+        new = [n for n in pending.pop().all_input_nodes if n not in seen]
+        seen.update(new)
+        pending.extend(new)
+    return [n for n in seen if n.op == "get_attr"]
+
+
+def value_operands(node: fx.Node) -> list[fx.Node]:
+    """Operands whose values matter: not the tensors that only lend their shape or dtype, not sizes."""
+    operands = node.all_input_nodes
+    if is_op(node, *_VALUES_IGNORED):
+        operands = operands[1:]
+    elif is_op(node, aten.type_as, aten.expand_as, aten.view_as, aten.reshape_as):
+        operands = operands[:1]
+    return [n for n in operands if isinstance(value(n), torch.Tensor | tuple | list)]
+
+
+# Nothing is computed by these: they are other looks at the same memory.
+_VIEWS = (
+    aten.view, aten.reshape, aten.transpose, aten.permute, aten.t, aten.expand, aten.unsqueeze, aten.squeeze, aten.slice,
+    aten.select, aten.flatten, aten.unflatten, aten.alias, aten.narrow, aten.split, aten.chunk, aten.unbind,
+    aten.movedim, aten.swapaxes,
+)  # fmt: skip
+
+
+def is_random(node: fx.Node) -> bool:
+    """Does the operator draw random numbers? (Dropout at inference does not.)"""
+    if node.op != "call_function" or not hasattr(node.target, "tags"):
+        return False
+    if torch.Tag.nondeterministic_seeded not in node.target.tags:  # type: ignore[union-attr]
+        return False
+    if is_op(node, aten.scaled_dot_product_attention):
+        return len(node.args) > 4 and bool(node.args[4] != 0.0)
+    return not (is_op(node, aten.dropout, aten.feature_dropout, aten.alpha_dropout) and node.args[2] is False)
+
+
+def constants(program: Program) -> frozenset[fx.Node]:
+    """Nodes that depend on parameters, buffers and literals alone: no input, no free size, no random numbers."""
+    known: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        fixed = node.op == "call_function" and not is_random(node) and all(n in known for n in node.all_input_nodes)
+        if fixed or node.op == "get_attr":
+            known.add(node)
+    return frozenset(known)
+
+
+def weight_only(program: Program) -> frozenset[fx.Node]:
+    """The constants that read at least one tensor of the model (a literal table such as `arange(4)` reads none)."""
+    fixed = constants(program)
+    known: set[fx.Node] = set()
+    for node in program.graph.nodes:
+        if node.op == "get_attr" or (node in fixed and any(n in known for n in node.all_input_nodes)):
+            known.add(node)
+    return frozenset(known)
+
+
+def is_view(node: fx.Node) -> bool:
+    return is_op(node, *_VIEWS) or is_getitem(node)
+
+
+def frontier(program: Program) -> list[fx.Node]:
+    """The computed weights: weight-only calls that something else reads, in graph order.
+
+    A trailing view belongs to the weight if nothing reads the weight but through it.
+    """
+    inside = weight_only(program)
+    found: dict[fx.Node, None] = {}
+    for node in program.graph.nodes:
+        if node in inside and any(user not in inside for user in node.users):
+            views: list[fx.Node] = []
+            while is_view(node):
+                views.append(node)
+                node = node.all_input_nodes[0]
+            if node.op == "call_function" and isinstance(value(node), torch.Tensor):
+                found[_with_own_views(node, views)] = None
+    return list(found)
+
+
+_RESHAPES = (
+    aten.view, aten.reshape, aten.transpose, aten.permute, aten.t, aten.unsqueeze, aten.squeeze, aten.flatten,
+    aten.unflatten,
+)  # fmt: skip
+
+
+def _with_own_views(weight: fx.Node, views: list[fx.Node]) -> fx.Node:
+    """The last of the views (outermost first) that stands alone on the weight and keeps its size."""
+    while views and len(weight.users) == 1 and is_op(views[-1], *_RESHAPES):
+        weight = views.pop()
+    return weight

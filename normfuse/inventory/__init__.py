@@ -1,0 +1,1 @@
+"""The norms, softmaxes and attentions of a model, counted once each however they are spelt."""

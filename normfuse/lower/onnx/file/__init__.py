@@ -1,0 +1,1 @@
+"""Writing an ONNX file: operators, functions, names."""

@@ -1,0 +1,1 @@
+"""Lowering rules: regions that ONNX has one operator for become a call of it."""

@@ -1,0 +1,1 @@
+"""Running ONNX files in onnxruntime, from torch."""

@@ -1,0 +1,161 @@
+"""Running a program in onnxruntime: torch tensors in, torch tensors out, weights and results shared rather than copied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import dlpack
+
+from normfuse.errors import LoweringError
+from normfuse.graph.program import Program
+from normfuse.lower.decisions import CPU, Choice
+from normfuse.lower.onnx.file.write import build, check_request
+
+DEFAULT_PROVIDER = CPU
+_SHARED = 1024
+"""Bytes from which a weight is handed to onnxruntime by address; smaller ones stand in the file, where it folds them."""
+
+
+_OLDEST = (1, 23)
+"""The onnxruntime that first runs Attention and RMSNormalization of opset 23 on a CPU."""
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(".")[:2] if part.isdigit())
+
+
+def check_provider(provider: str = "") -> str:
+    """The full name of an execution provider that is installed. Raises `LoweringError` saying which ones are."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise LoweringError("backend 'onnxruntime' needs the package onnxruntime: pip install 'normfuse[onnx]'") from None
+    if _version(onnxruntime.__version__) < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise LoweringError(
+            f"backend 'onnxruntime' needs onnxruntime {oldest} or newer for the operators of opset 23, not "
+            f"{onnxruntime.__version__}: pip install -U 'normfuse[onnx]'"
+        )
+    known = onnxruntime.get_available_providers()
+    wanted = (provider or DEFAULT_PROVIDER).lower().removesuffix("executionprovider")
+    for name in known:
+        if name.lower().removesuffix("executionprovider") == wanted:
+            return str(name)
+    raise LoweringError(f"onnxruntime has no provider {provider!r} here: choose one of {', '.join(known)}")
+
+
+class Runtime:
+    """A program as an onnxruntime session: flat leaves in, flat leaves out. Calls from several threads may overlap."""
+
+    def __init__(self, program: Program, provider: str = "") -> None:
+        self.provider = check_provider(provider)
+        self.choice = Choice("onnxruntime", check_request("onnxruntime", None), self.provider)
+        model, self.seconds = build(program, self.choice)
+        self._inputs = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
+        self._outputs = _places(program)
+        self.session = self._session(model)
+        self._input_names = [str(i.name) for i in self.session.get_inputs()]
+        self._output_names = [str(o.name) for o in self.session.get_outputs()]
+
+    def _session(self, model: Any) -> Any:
+        import onnx_ir as ir
+        import onnxruntime
+
+        options = session_options()
+        names, values = self._share_weights(model)
+        options.add_external_initializers(names, values)
+        providers = [self.provider] + ([DEFAULT_PROVIDER] if self.provider != DEFAULT_PROVIDER else [])
+        try:
+            return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=providers)
+        except Exception as error:
+            raise LoweringError(f"onnxruntime cannot load the model: {first_line(error)}") from error
+
+    def _share_weights(self, model: Any) -> tuple[list[str], list[Any]]:
+        """Take the weights out of the model: the session reads them where they are."""
+        import onnx_ir as ir
+
+        names: list[str] = []
+        values: list[Any] = []
+        for name, initializer in model.graph.initializers.items():
+            weight = initializer.const_value
+            raw = getattr(weight, "raw", None)
+            if not isinstance(raw, Tensor) or weight.nbytes < _SHARED or not raw.is_contiguous():
+                continue
+            shared = to_ort(raw.detach())
+            names.append(name)
+            values.append(shared)
+            initializer.const_value = ir.ExternalTensor(
+                "weights", 0, weight.nbytes, weight.dtype, shape=weight.shape, name=name, base_dir=""
+            )
+        return names, values
+
+    def __call__(self, *leaves: Any) -> Sequence[Any]:
+        given = [leaves[place] for place in self._inputs]
+        feeds = {name: _shared(tensor) for name, tensor in zip(self._input_names, given, strict=True)}
+        try:
+            # The session's own method, and no iteration: each would cost a hundred microseconds a call.
+            results = self.session._sess.run_with_ort_values(feeds, self._output_names, None)
+        except Exception as error:
+            raise LoweringError(f"onnxruntime cannot run the model on these inputs: {first_line(error)}") from error
+        return [item if place is None else from_ort(results[place]) for place, item in self._outputs]
+
+
+def _places(program: Program) -> list[tuple[int | None, Any]]:
+    """For each output leaf its place among the session's results, or the constant that it is."""
+    places: list[tuple[int | None, Any]] = []
+    count = 0
+    for item in program.output.args[0]:  # type: ignore[union-attr]
+        computed = isinstance(item, fx.Node)
+        places.append((count, None) if computed else (None, item))
+        count += computed
+    return places
+
+
+def first_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def session_options() -> Any:
+    """As many threads as torch uses; the runtime's own optimizations on, its complaints off."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = 3
+    return options
+
+
+def to_ort(tensor: Tensor) -> Any:
+    """A torch tensor as an OrtValue over the same memory (a tensor that is not contiguous is copied once)."""
+    import onnxruntime
+
+    return onnxruntime.OrtValue(_shared(tensor))
+
+
+def _shared(tensor: Tensor) -> Any:
+    plain = tensor.detach().contiguous()
+    if plain.dtype == torch.bool:
+        return _binding().OrtValue.from_dlpack(plain.view(torch.uint8).__dlpack__(), True)
+    return _binding().OrtValue.from_dlpack(plain.__dlpack__(), False)
+
+
+@cache
+def _binding() -> Any:
+    return import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+
+
+def from_ort(value: Any) -> Tensor:
+    """An OrtValue as a torch tensor over the same memory."""
+    value = getattr(value, "_ortvalue", value)
+    tensor = dlpack.from_dlpack(value.to_dlpack())
+    return tensor.view(torch.bool) if tensor.dtype == torch.uint8 and value.element_type() == _BOOL else tensor
+
+
+_BOOL = 9
+"""ONNX's number for booleans, which DLPack hands over as bytes."""

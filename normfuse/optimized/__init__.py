@@ -1,0 +1,1 @@
+"""The module that optimize returns, its archive, and how it is compared."""

@@ -1,0 +1,121 @@
+"""Optimized: the module that `optimize` returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
+
+from normfuse.capture.export import capture
+from normfuse.graph.program import Program
+from normfuse.lower.choose import LOWERING, Run, executable
+from normfuse.lower.torch import graph_module, plain
+from normfuse.optimized.archive import conditions_of, load_exported, save, signature_of
+from normfuse.progress import say
+from normfuse.report import Report
+
+
+class Optimized(nn.Module):
+    """The optimized model: same call, same output structure, with a report of what was done.
+
+    `graph_module` is the plain torch graph that it computes, called as the exported model is. `report` says what was
+    rewritten where, what was refused and why, and how the result compares with the original.
+    """
+
+    def __init__(self, program: Program, report: Report, *, ledger: Program | None = None, backend: str = "torch") -> None:
+        super().__init__()
+        self.program = program
+        self.report = report
+        self.ledger = ledger
+        self.backend = backend
+        signature = program.signature
+        names = [leaf.name for leaf in signature.leaves]
+        codegen = _PyTreeCodeGen(_PyTreeInfo(names, signature.in_spec, signature.out_spec))
+        self.graph_module: fx.GraphModule = graph_module(plain(program), codegen)
+        self.__dict__["_run"] = None
+        self.train(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        leaves = self.program.signature.flatten(args, kwargs)
+        if torch.compiler.is_exporting():
+            # An executable made now would hold the exporter's stand-ins for the weights; one made before, constants.
+            flat = fx.Interpreter(self.graph_module).run(*leaves, enable_io_processing=False)
+            return self.program.unflatten(list(flat))
+        run = self.__dict__["_run"]
+        run = self._lower() if run is None else run  # a compiled module has no truth value
+        return self.program.unflatten(list(run(*leaves)))
+
+    def _lower(self) -> Any:
+        """The executable for the device that the weights are on now."""
+        with LOWERING:
+            if self.__dict__["_run"] is None:
+                here = {name: t for name, t in self.tensors().items() if name in self.program.tensors}
+                self.__dict__["_run"] = executable(dataclasses.replace(self.program, tensors=here), self.backend)
+            return self.__dict__["_run"]
+
+    def run_with(self, run: Run, backend: str) -> None:
+        """Run by this executable until the weights move; after that by `backend`."""
+        self.backend = self.report.backend = backend
+        self.__dict__["_run"] = run
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and buffers by name, as they are now."""
+        return dict(self.graph_module.named_parameters()) | dict(self.graph_module.named_buffers())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
+        super()._apply(fn, recurse)
+        self.__dict__["_run"] = None  # the executable holds tensors of the old device or dtype
+        return self
+
+    def train(self, mode: bool = True) -> Optimized:
+        """An optimized model is for inference: `train()` leaves it there."""
+        return super().train(False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled and copied as the archive that `save` writes: fake tensors and sessions do not travel."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder) / "optimized.pt2")
+            return _from_archive, ((Path(folder) / "optimized.pt2").read_bytes(),)
+
+    def extra_repr(self) -> str:
+        return f"backend={self.backend!r}, {self.report.summary()}"
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.pt2` archive that `normfuse.load` and `torch.export.load` both read.
+
+        Raises `LoweringError` if the place cannot be written; a file that was there before is then as it was.
+        """
+        save(self.program, self.tensors(), self.report.to_dict(), self.backend, Path(path))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Optimized:
+        """What `save` wrote, or any other `.pt2` archive as it is. Raises `NormfuseError` for what is not such a file."""
+        exported, extra = load_exported(Path(path))
+        program = capture(exported)
+        program.signature = dataclasses.replace(
+            program.signature,
+            parameters=signature_of(extra.get("parameters")),
+            conditions=conditions_of(extra.get("conditions", []), program.signature.leaves) or program.signature.conditions,
+        )
+        report = Report.from_dict(extra.get("report", {}), model=Path(path).stem)
+        return cls(program, report, backend=extra.get("backend", "torch"))
+
+    def export_onnx(self, path: str | Path, *, target: str = "onnxruntime", opset: int | None = None) -> Any:
+        """Write the optimized program as ONNX; see `normfuse.export_onnx`."""
+        from normfuse.lower.onnx import write_onnx
+
+        say(f"export for {target}")
+        program = dataclasses.replace(self.program, tensors={n: self.tensors()[n] for n in self.program.tensors})
+        return write_onnx(program, Path(path), target=target, opset=opset, report=self.report)
+
+
+def _from_archive(data: bytes) -> Optimized:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.pt2"
+        path.write_bytes(data)
+        return Optimized.load(path)

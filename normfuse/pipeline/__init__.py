@@ -1,0 +1,1 @@
+"""The way through: select passes, run them, explain them."""

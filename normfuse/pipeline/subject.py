@@ -1,0 +1,70 @@
+"""What the user gave: a model with its example inputs, captured and run."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from normfuse.capture.export import capture
+from normfuse.capture.shapes import CAUTIONS
+from normfuse.errors import CaptureError, VerificationError
+from normfuse.graph.program import Program
+from normfuse.progress import say
+from normfuse.verification.trials import Trials, make_trials, original_run
+
+Model = nn.Module | ExportedProgram
+
+
+def capture_and_try(
+    model: Model, args: Any, kwargs: Any, dynamic_shapes: Any, trials: int
+) -> tuple[Program, Trials | None, dict[str, float]]:
+    """Capture, and run the captured program at other sizes: where those it calls free are not, capture with fewer."""
+    seconds = {"capture": 0.0, "verify": 0.0}
+    last = CAUTIONS - 1 if dynamic_shapes == "auto" and not isinstance(model, ExportedProgram) else 0
+    for caution in range(last + 1):
+        started = time.perf_counter()
+        say("capture")
+        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, caution=caution)
+        _check_outputs(captured)
+        middle = time.perf_counter()
+        seconds["capture"] += middle - started
+        say("running the original, also in float64")
+        try:
+            tried = _trials(model, captured, args, kwargs, trials) if trials else None
+        except VerificationError:
+            if caution == last:
+                raise
+            continue
+        finally:
+            seconds["verify"] += time.perf_counter() - middle
+        return captured, tried, seconds
+    raise AssertionError("the last capture either succeeds or raises")
+
+
+def model_name(model: Model) -> str:
+    return type(model).__name__
+
+
+def _check_outputs(program: Program) -> None:
+    outputs = program.output.args[0]
+    if not any(isinstance(getattr(n, "meta", {}).get("val"), torch.Tensor) for n in outputs):  # type: ignore[union-attr]
+        raise CaptureError("the model returns no tensor: there is nothing to optimize or to verify")
+
+
+def _trials(model: Model, captured: Program, args: Any, kwargs: Any, count: int) -> Trials:
+    runnable, args, kwargs = as_runnable(model, args, kwargs)
+    example = captured.signature.flatten(tuple(args), kwargs or {})
+    return make_trials(captured, original_run(runnable, captured), example, count)
+
+
+def as_runnable(model: Model, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:
+    """An ExportedProgram brings its own example inputs."""
+    if not isinstance(model, ExportedProgram):
+        return model, args, kwargs
+    if not args and not kwargs and model.example_inputs is not None:
+        args, kwargs = model.example_inputs
+    return model.module(), args, kwargs

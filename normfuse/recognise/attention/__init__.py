@@ -1,0 +1,1 @@
+"""Attention, however it is written, as one operator."""

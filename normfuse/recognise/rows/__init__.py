@@ -1,0 +1,1 @@
+"""Functions of rows, however they are written: cut, tried on numbers, named."""

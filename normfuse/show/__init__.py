@@ -1,0 +1,1 @@
+"""Printers that know no model: the terminal and HTML."""

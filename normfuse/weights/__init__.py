@@ -1,0 +1,1 @@
+"""Weights as programs: evaluated once, replayed on other checkpoints."""
