@@ -88,18 +88,40 @@ def _has_hard_wrapper(graph: fx.Graph) -> bool:
 
 
 def _has_hard_mutation(graph: fx.Graph) -> bool:
+    place = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         targets = _mutated(node)
         if not targets:
             continue
         if len(targets) != 1 or _functional(node) is None or not isinstance(targets[0], fx.Node):
             return True
-        written = targets[0]
-        if written.op != "call_function" or _is_view(written) or is_getitem(written):
-            return True
-        if any(_is_view(user) for user in written.users if user is not node and not _mutated(user)):
+        if _is_seen_elsewhere(targets[0], node, place):
             return True
     return False
+
+
+def _is_seen_elsewhere(written: fx.Node, writer: fx.Node, place: dict[fx.Node, int]) -> bool:
+    """Is the memory that `writer` writes to read after it under another name, or not the graph's own?"""
+    names, pending = {written}, [written]
+    while pending:
+        node = pending.pop()
+        shared = [user for user in node.users if _is_view(user) or is_getitem(user) or _mutated(user)[:1] == [node]]
+        if _is_view(node) or is_getitem(node) or _mutated(node):
+            shared += node.all_input_nodes[:1]
+        elif node.op != "call_function":
+            return True
+        new = [n for n in shared if n not in names and n is not writer]
+        names.update(new)
+        pending += new
+    others = [name for name in names if _first_name(name) is not _first_name(written)]
+    return any(place[user] > place[writer] for name in others for user in name.users if user is not writer)
+
+
+def _first_name(node: fx.Node) -> fx.Node:
+    """Of a tensor that is written in place again and again, the node that made it."""
+    while _mutated(node):
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _functional(node: fx.Node) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import normfuse
@@ -185,3 +185,41 @@ def test_images_of_convolutional_networks_vary_in_size() -> None:
     model = randomised(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)))
     result = normfuse.optimize(model, (image(1, 3, 16, 16),))
     torch.testing.assert_close(result(image(2, 3, 20, 12)), model(image(2, 3, 20, 12)))
+
+
+class Writes(nn.Module):
+    """Writes in place to what other names may look at."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        if self.how == "view, read no more":
+            return F.relu_(y.flatten(1)) + 1
+        if self.how == "view, base read after":
+            F.relu_(y.flatten(1))
+            return y + 1
+        if self.how == "base, view read after":
+            seen = y[:, :1]
+            y.add_(3)
+            return seen * y
+        if self.how == "twice, first name read after":
+            first = F.relu_(y)
+            y.add_(3)
+            return first * 2
+        half, other = y.chunk(2, dim=1)
+        half.add_(1)
+        return y.sum(1) + other.sum(1)
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["view, read no more", "view, base read after", "base, view read after", "twice, first name read after", "chunks"],
+)
+def test_writes_in_place_are_seen_under_every_name(how: str) -> None:
+    x = torch.randn(3, 4, 2)
+    model = Writes(how).eval()
+    again = normfuse.optimize(model, (x,), verify=False)
+    torch.testing.assert_close(again(x), model(x))

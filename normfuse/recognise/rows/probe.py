@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from normfuse.evaluate.sizes import Concrete, Impossible
+from normfuse.evaluate.sizes import Concrete, Excerpt, Impossible
 from normfuse.graph.node import argument, aten, is_op, same_size, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles, value_operands
+from normfuse.ops.norms import RMS_NORM
 from normfuse.recognise.rows.experiment import Experiment, numel
 from normfuse.recognise.rows.family import (
     Activation,
@@ -39,12 +40,12 @@ _REDUCTIONS = (
     aten.mean, aten.sum, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.linalg_vector_norm, aten.norm,
     aten.linalg_norm, aten.amax, aten.max, aten.logsumexp, aten.layer_norm, aten.native_layer_norm, aten.rms_norm,
     aten.group_norm, aten.instance_norm, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d,
-    aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.log_softmax, torch.ops.normfuse.rms_norm,
+    aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.log_softmax, RMS_NORM,
     aten.cosine_similarity, aten.frobenius_norm, aten.norm_except_dim, aten.native_group_norm, aten.prod,
 )  # fmt: skip
 CANONICAL = (
     aten.layer_norm, aten.group_norm, aten.instance_norm, aten.softmax, aten.log_softmax, aten.logsumexp, aten.gelu,
-    aten.silu, torch.ops.normfuse.rms_norm,
+    aten.silu, RMS_NORM,
 )  # fmt: skip
 _PRODUCTS = (
     aten.matmul, aten.mm, aten.bmm, aten.einsum, aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.mv, aten.dot,
@@ -54,6 +55,8 @@ _BENDS = (
     aten.tanh, aten.erf, aten.erfc, aten.special_erf, aten.special_erfc, aten.sigmoid, aten.special_expit, aten.exp,
     aten.special_ndtr, aten.exp2, aten.expm1, aten.hardtanh, aten.log_sigmoid, aten.special_exp2,
 )  # fmt: skip
+_UNTAGGED = (aten.pad, aten.constant_pad_nd, aten.hardswish, aten.rsub, aten.to, aten._to_copy)
+"""Entry by entry, though torch does not say so; what is put around a tensor leaves its entries as they are."""
 
 
 def is_seed(node: fx.Node, roles: Roles) -> bool:
@@ -67,6 +70,15 @@ def is_seed(node: fx.Node, roles: Roles) -> bool:
         fixed = [n for n in value_operands(node) if roles(n) is Role.FIXED]
         return bool(active) and (bool(fixed) or len(active) > 1 or is_op(node, aten.einsum))
     return False
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Does each entry of the result depend on that entry of the operands alone, broadcast, whatever their sizes?"""
+    if is_op(node, aten.batch_norm):
+        return not argument(node, "training")
+    if is_op(node, *_UNTAGGED):
+        return True
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
 
 
 @dataclass
@@ -93,6 +105,7 @@ class Probe:
             Concrete(program, roles, small=False),
             Concrete(program, roles, small=False, variant=1),
         )
+        self.excerpts = (Excerpt(program, roles), Excerpt(program, roles, small=False))
         self.known: dict[Any, Verdict] = {}
         self.runs = 0
 
@@ -104,7 +117,7 @@ class Probe:
 
     def _evaluate(self, region: Region) -> Verdict:
         verdict: Verdict | None = None
-        for concrete in self.sizes:
+        for concrete in self.excerpts if all(map(is_pointwise, region.nodes)) else self.sizes:
             try:
                 if not 4 <= numel(concrete.shape(region.source)) <= MAX_ELEMENTS:
                     continue
