@@ -11,8 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from normfuse.capture.export import capture
-from normfuse.capture.shapes import CAUTIONS
+from normfuse.capture.export import capture, captures
 from normfuse.errors import CaptureError
 from normfuse.inventory.inventory import Inventory, take_inventory
 from normfuse.lower.choose import check_backend, choose
@@ -132,7 +131,7 @@ def optimize_(
     rules = select(pass_table(), passes, disable)
     captured, trials, seconds = capture_and_try(model, args, kwargs, "auto", TRIALS if verify else 0)
     pipeline = Pipeline(captured, rules, named=passes is not None, seconds=seconds)
-    again = (capture(model, args, kwargs, caution=caution) for caution in range(CAUTIONS))
+    again = captures(model, args, kwargs)
     done = optimize_modules(model, pipeline, trials, original_run(model, captured), again)
     report = report_of(model_name(model), done.result, "torch", captured.notes)
     report.rewrites = [r for r in report.rewrites if r.pass_name not in done.unwritten]

@@ -18,29 +18,29 @@ def conditions_of(shape_env: Any, ranges: Mapping[str, tuple[int, int]]) -> tupl
     for guard in getattr(shape_env, "guards", ()):
         expression = shape_env.simplify(guard.expr)
         symbols = {str(symbol) for symbol in expression.free_symbols}
-        if not symbols or not symbols <= set(ranges) or not _is_of_the_model(guard) or _is_implied(expression, ranges):
+        if not symbols or not symbols <= set(ranges) or not is_of_the_model(guard) or _is_implied(expression, ranges):
             continue
-        condition = Condition(_printed(expression), _place(guard))
+        condition = Condition(_printed(expression), place_of(guard))
         if condition.names:  # read now, not at the first call
             found.setdefault(condition.text, condition)
     return tuple(found.values())
 
 
-def _frame(guard: Any) -> Any:
+def frame_of(guard: Any) -> Any:
     """The innermost Python frame, outside the arithmetic of sizes, in which the question was asked."""
     return getattr(getattr(guard, "sloc", None), "framework_loc", None)
 
 
-def _is_of_the_model(guard: Any) -> bool:
-    frame = _frame(guard)
+def is_of_the_model(guard: Any) -> bool:
+    frame = frame_of(guard)
     path = Path(getattr(frame, "filename", "") or "")
     if not path.is_relative_to(_TORCH):
         return frame is not None
     return path.relative_to(_TORCH).parts[0] in _PYTHON_OF_MODELS
 
 
-def _place(guard: Any) -> str:
-    frame = _frame(guard)
+def place_of(guard: Any) -> str:
+    frame = frame_of(guard)
     return f"{Path(frame.filename).name}:{frame.lineno}"
 
 

@@ -1,36 +1,36 @@
 """Capture: a module, an ExportedProgram or an fx graph becomes a Program.
 
 There is one road: `torch.export` before dispatch. A GraphModule (symbolic trace, Dynamo) is a module like any other and
-is retraced; an ExportedProgram is taken as it is. `dynamic_shapes="auto"` lets every dimension vary that varies cheaply:
-batch and sequence always, image sizes in purely convolutional networks, and falls back step by step.
+is retraced; an ExportedProgram is taken as it is. `dynamic_shapes="auto"` lets every dimension vary that can, and falls
+back step by step; why a size is fixed stands in the program's notes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import io
 import logging
 import sys
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from normfuse.capture.canonical import from_exported
-from normfuse.capture.shapes import Attempt, Shapes, at_least_two, attempts, auto
+from normfuse.capture.fixed import fixed_sizes, notes_of
+from normfuse.capture.shapes import Attempt, CallCounter, Shapes, attempts, every_input_named
 from normfuse.errors import CaptureError, InputError
-from normfuse.graph.node import is_op
 from normfuse.graph.program import Program
 from normfuse.graph.signature import bind
-
-_CONVOLUTIONAL_RANK = 4
 
 
 def capture(
@@ -40,16 +40,30 @@ def capture(
     *,
     dynamic_shapes: Shapes = "auto",
     check_training: bool = True,
-    caution: int = 0,
 ) -> Program:
     """The canonical program of `model` for inference.
 
     `args` and `kwargs` are example inputs as `torch.export.export` takes them; `dynamic_shapes` as in `optimize`.
-    `caution` skips that many of the ways in which `"auto"` would let sizes vary, the freest first.
     Raises `CaptureError` naming the module, the source line and what to try.
     """
+    return next(captures(model, args, kwargs, dynamic_shapes=dynamic_shapes, check_training=check_training))
+
+
+def captures(
+    model: nn.Module | ExportedProgram,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Shapes = "auto",
+    check_training: bool = True,
+) -> Iterator[Program]:
+    """Every way in which the model can be captured, the one with the most free sizes first; each is made when asked for.
+
+    Raises `CaptureError` if there is none.
+    """
     if isinstance(model, ExportedProgram):
-        return from_exported(model)
+        yield from_exported(model)
+        return
     _check_model(model, check_training)
     _check_inputs(args, kwargs)
     parameters = _signature(model)
@@ -58,13 +72,44 @@ def capture(
     except InputError as error:
         raise CaptureError(f"{type(model).__name__}: {error}") from None
     _support_transformers_caches(model)
-    allowed = islice(attempts(model, positional, named, dynamic_shapes, parameters), caution, None)
-    program, notes = _first_success(model, allowed)
-    program.signature = replace(program.signature, parameters=parameters)
-    program.notes = notes
-    if dynamic_shapes == "auto" and caution == 0 and _purely_convolutional(program):
-        program = _with_free_images(model, positional, named, parameters, program)
-    return program
+    calls = _run_once(model, positional, named)
+    failure: CaptureError | None = None
+    made = 0
+    earlier: Mapping[str, str] = {}
+    with every_input_named(model, parameters, named):
+        for attempt in attempts(model, positional, named, dynamic_shapes, calls):
+            reason = attempt.reason or (f"with it free, {failure}".partition(" -- ")[0] if failure is not None else "")
+            try:
+                program = _export(model, attempt, parameters, reason, earlier)
+                earlier = program.signature.fixed
+                program.signature.flatten(args, kwargs or {})
+            except (CaptureError, InputError) as error:
+                failure = failure or CaptureError(str(error))
+                continue
+            made += 1
+            yield program
+    if failure is not None and not made:
+        raise failure
+
+
+def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, int]:
+    """What the model calls on the example; its own error, where it fails there, with the sizes as they are.
+
+    A model without data (on the meta device) is not run.
+    """
+    if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers(), *_tensors(args, kwargs))):
+        return Counter()
+    given, named = copy.deepcopy((args, kwargs))
+    try:
+        with torch.no_grad(), CallCounter() as counter:
+            model(*given, **named)
+    except Exception as error:
+        raise CaptureError(_explain(model, error, "does not run on the example")) from error
+    return counter.calls
+
+
+def _tensors(args: Any, kwargs: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
 def _check_model(model: Any, check_training: bool) -> None:
@@ -109,49 +154,25 @@ def _support_transformers_caches(model: nn.Module) -> None:
         register_dynamic_cache_export_support()
 
 
-# -- dynamic shapes -----------------------------------------------------------------------------------------------
-
-
-def _purely_convolutional(program: Program) -> bool:
-    """Free image sizes are cheap to export where no window and no attention depends on them."""
-    images = any(leaf.is_tensor and len(leaf.sizes) == _CONVOLUTIONAL_RANK for leaf in program.signature.leaves)
-    aten = torch.ops.aten
-    bound = (aten.roll, aten.scaled_dot_product_attention, aten.matmul, aten.bmm, aten.softmax)
-    return images and not any(is_op(node, *bound) for node in program.graph.nodes)
-
-
-def _with_free_images(model: nn.Module, args: Any, kwargs: Any, parameters: Any, fallback: Program) -> Program:
-    two_args, two_kwargs = at_least_two(args, kwargs)
-    with contextlib.suppress(CaptureError):
-        shapes = auto(model, two_args, two_kwargs, lambda t: range(t.dim()))
-        program = _export(model, two_args, two_kwargs, shapes)
-        program.signature = replace(program.signature, parameters=parameters)
-        return program
-    return fallback
-
-
 # -- export -------------------------------------------------------------------------------------------------------
 
 
-def _first_success(model: nn.Module, allowed: Iterator[Attempt]) -> tuple[Program, tuple[str, ...]]:
-    failure: CaptureError | None = None
-    for note, args, kwargs, shapes in allowed:
-        try:
-            return _export(model, args, kwargs, shapes), ((note,) if note else ())
-        except CaptureError as error:
-            failure = failure or error
-    assert failure is not None
-    raise failure
-
-
-def _export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Shapes) -> Program:
+def _export(
+    model: nn.Module, attempt: Attempt, parameters: inspect.Signature | None, reason: str, earlier: Mapping[str, str]
+) -> Program:
     try:
         with warnings.catch_warnings(), _quiet_exporter(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(
+                model, attempt.args, attempt.kwargs, dynamic_shapes=attempt.shapes, strict=False
+            )
     except Exception as error:
-        raise CaptureError(_explain(model, error)) from error
-    return from_exported(exported)
+        raise CaptureError(_explain(model, error, "could not be captured")) from error
+    program = from_exported(exported)
+    fixed = fixed_sizes(program, exported, reason, earlier)
+    program.signature = replace(program.signature, parameters=parameters, fixed=fixed)
+    program.notes = tuple(notes_of(fixed, program.signature.numbers()))
+    return program
 
 
 @contextlib.contextmanager
@@ -171,7 +192,7 @@ def _quiet_exporter() -> Generator[None]:
             logger.setLevel(level)
 
 
-def _explain(model: nn.Module, error: BaseException) -> str:
+def _explain(model: nn.Module, error: BaseException, what: str) -> str:
     """One line: which model, where, why, and what to try."""
     names = {id(module): name for name, module in model.named_modules()}
     where = ""
@@ -183,7 +204,7 @@ def _explain(model: nn.Module, error: BaseException) -> str:
             if "torch/nn/modules/module" not in frame.f_code.co_filename.replace("\\", "/"):
                 where = f" in {module} ({file}:{line})"
     reason = next((text.strip() for text in str(error).splitlines() if text.strip()), type(error).__name__)
-    return f"{type(model).__name__} could not be captured{where}: {reason[:300]} -- {_advice(error)}"
+    return f"{type(model).__name__} {what}{where}: {reason[:300]} -- {_advice(error)}"
 
 
 def _advice(error: BaseException) -> str:

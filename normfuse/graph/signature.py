@@ -41,6 +41,8 @@ class Signature:
     parameters: inspect.Signature | None = None
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     conditions: tuple[Condition, ...] = ()
+    fixed: Mapping[str, str] = field(default_factory=dict)
+    """Why each size that may not vary is as it is: `x.shape[1]` -> a reason."""
 
     def flatten(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """Leaves of a call in graph order, after checking them.
@@ -119,11 +121,19 @@ class Signature:
                     names.setdefault(size, f"{leaf.name}.shape[{axis}]")
         return names
 
+    def numbers(self) -> dict[str, int]:
+        """The fixed sizes of the inputs: `x.shape[1]` -> 64."""
+        return {
+            f"{leaf.name}.shape[{axis}]": size
+            for leaf in self.leaves for axis, size in enumerate(leaf.sizes) if isinstance(size, int)
+        }  # fmt: skip
+
     def _check_size(self, leaf: Leaf, position: int, want: int | str, size: int, seen: dict[str, int]) -> None:
         where = f"input {leaf.name!r}, dimension {position}"
         if isinstance(want, int):
             if size != want:
-                raise InputError(f"{where} is fixed at {want} and cannot be {size}: capture with dynamic_shapes")
+                why = self.fixed.get(f"{leaf.name}.shape[{position}]", "it was captured so")
+                raise InputError(f"{where} is fixed at {want} and cannot be {size}: {why}")
             return
         if seen.setdefault(want, size) != size:
             raise InputError(f"{where} must be {seen[want]} like the other inputs' {want}, not {size}")

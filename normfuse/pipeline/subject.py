@@ -9,8 +9,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from normfuse.capture.export import capture
-from normfuse.capture.shapes import CAUTIONS
+from normfuse.capture.export import captures
 from normfuse.errors import CaptureError, VerificationError
 from normfuse.graph.program import Program
 from normfuse.progress import say
@@ -24,25 +23,27 @@ def capture_and_try(
 ) -> tuple[Program, Trials | None, dict[str, float]]:
     """Capture, and run the captured program at other sizes: where those it calls free are not, capture with fewer."""
     seconds = {"capture": 0.0, "verify": 0.0}
-    last = CAUTIONS - 1 if dynamic_shapes == "auto" and not isinstance(model, ExportedProgram) else 0
-    for caution in range(last + 1):
+    failure: VerificationError | None = None
+    ways = captures(model, args, kwargs, dynamic_shapes=dynamic_shapes)
+    while True:
         started = time.perf_counter()
         say("capture")
-        captured = capture(model, args, kwargs, dynamic_shapes=dynamic_shapes, caution=caution)
+        captured = next(ways, None)
+        seconds["capture"] += time.perf_counter() - started
+        if captured is None:
+            assert failure is not None
+            raise failure
         _check_outputs(captured)
-        middle = time.perf_counter()
-        seconds["capture"] += middle - started
         say("running the original, also in float64")
+        started = time.perf_counter()
         try:
             tried = _trials(model, captured, args, kwargs, trials) if trials else None
-        except VerificationError:
-            if caution == last:
-                raise
+        except VerificationError as error:
+            failure = failure or error
             continue
         finally:
-            seconds["verify"] += time.perf_counter() - middle
+            seconds["verify"] += time.perf_counter() - started
         return captured, tried, seconds
-    raise AssertionError("the last capture either succeeds or raises")
 
 
 def model_name(model: Model) -> str:
