@@ -25,8 +25,8 @@ from normfuse.progress import say
 from normfuse.report import Report
 from normfuse.report.books import report_of
 from normfuse.rewrite import Rule
-from normfuse.verification.numerics import Mismatch, Verification, relative_error
-from normfuse.verification.trials import original_run
+from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
+from normfuse.verification.trials import NothingCompared, original_run
 from normfuse.weights.adapters import Adapter
 from normfuse.weights.program import WeightProgram
 
@@ -182,7 +182,10 @@ def verify(
     weights, which may differ by one rounding each. Raises `CaptureError` if a model cannot be captured.
     """
     _, left_args, left_kwargs = as_runnable(reference, args, kwargs)
-    captured, drawn, _ = capture_and_try(reference, args, kwargs, "auto", max(1, trials))
+    try:
+        captured, drawn, _ = capture_and_try(reference, args, kwargs, "auto", max(1, trials))
+    except NothingCompared as nothing:
+        return Verification(False, math.inf, math.inf, math.inf, max(1, trials), str(nothing))
     assert drawn is not None
     right, _, _ = as_runnable(candidate, args, kwargs)
     own = original_run(right, captured)
@@ -191,6 +194,8 @@ def verify(
         error64 = max(relative_error(right64, drawn.reference64), default=0.0)
     except Mismatch as mismatch:
         return Verification(False, math.inf, math.inf, math.inf, len(drawn.inputs), str(mismatch))
+    if limit > EXACT and error64 >= limit:
+        limit = max(limit, *drawn.sensitivity())
     return drawn.judge(error64, lambda inputs: [own(leaves) for leaves in inputs], limit)
 
 

@@ -20,6 +20,9 @@ from normfuse.graph.program import Program
 from normfuse.rewrite.editor import Editor, Value
 
 TINY = 1e-5
+"""Floor of a magnitude that is divided by, as SmoothQuant has it: a channel that is silent on the calibration inputs may
+not be on others."""
+
 GRID = 20
 
 

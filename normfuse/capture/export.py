@@ -13,6 +13,7 @@ import inspect
 import io
 import logging
 import sys
+import threading
 import traceback
 import warnings
 from collections import Counter
@@ -31,6 +32,9 @@ from normfuse.capture.shapes import Attempt, CallCounter, Shapes, attempts, ever
 from normfuse.errors import CaptureError, InputError
 from normfuse.graph.program import Program
 from normfuse.graph.signature import bind
+
+_ONE_AT_A_TIME = threading.RLock()
+"""The exporter patches torch, warnings and standard error for the whole process: two at once trip over each other."""
 
 
 def capture(
@@ -62,7 +66,9 @@ def captures(
     Raises `CaptureError` if there is none.
     """
     if isinstance(model, ExportedProgram):
-        yield from_exported(model)
+        with _ONE_AT_A_TIME:
+            program = from_exported(model)
+        yield program
         return
     _check_model(model, check_training)
     _check_inputs(args, kwargs)
@@ -160,15 +166,16 @@ def _support_transformers_caches(model: nn.Module) -> None:
 def _export(
     model: nn.Module, attempt: Attempt, parameters: inspect.Signature | None, reason: str, earlier: Mapping[str, str]
 ) -> Program:
-    try:
-        with warnings.catch_warnings(), _quiet_exporter(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(
-                model, attempt.args, attempt.kwargs, dynamic_shapes=attempt.shapes, strict=False
-            )
-    except Exception as error:
-        raise CaptureError(_explain(model, error, "could not be captured")) from error
-    program = from_exported(exported)
+    with _ONE_AT_A_TIME:
+        try:
+            with warnings.catch_warnings(), _quiet_exporter(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
+                warnings.simplefilter("ignore")
+                exported = torch.export.export(
+                    model, attempt.args, attempt.kwargs, dynamic_shapes=attempt.shapes, strict=False
+                )
+        except Exception as error:
+            raise CaptureError(_explain(model, error, "could not be captured")) from error
+        program = from_exported(exported)
     fixed = fixed_sizes(program, exported, reason, earlier)
     program.signature = replace(program.signature, parameters=parameters, fixed=fixed)
     program.notes = tuple(notes_of(fixed, program.signature.numbers()))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from normfuse.evaluate.promote import default_float64, promote
+from normfuse.evaluate.float64 import in_float64
+from normfuse.evaluate.promote import promote
 from normfuse.graph.node import expression, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles
@@ -95,8 +96,8 @@ class Concrete:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fetch)
         args, kwargs = pytree.tree_map(promote, (args, kwargs))
         args, kwargs = pytree.tree_map(self.size, (args, kwargs))
-        with torch.no_grad(), default_float64():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+        with torch.no_grad():
+            return in_float64(node.target, args, kwargs)
 
     def describe(self, node: fx.Node) -> Any:
         """What a region's function depends on in a side: the value of a fixed one, nothing of others."""

@@ -25,7 +25,8 @@ def candidate64(candidate: Model, captured: Program, drawn: Trials, args: Any, k
     program = candidate.program if isinstance(candidate, Optimized) else capture(candidate, args, kwargs)
     if len(program.signature.leaves) != len(captured.signature.leaves):
         raise VerificationError("the two models take different inputs")
-    # Weights that were rounded after a change are off by a rounding each, as much as the original's own error at most.
+    # Weights that were rounded after a change are off by a rounding each: as much as the original's own error, or what
+    # that rounding does to the original, which the caller asks for where this is not enough.
     shared = _same_weights(program, captured)
     own_error = max(relative_error(drawn.original, drawn.reference64), default=0.0)
     return run_float64(program, drawn.inputs), EXACT if shared else max(EXACT, own_error)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from normfuse.capture.export import capture
@@ -42,7 +43,7 @@ class Optimized(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         leaves = self.program.signature.flatten(args, kwargs)
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and _traced(leaves):
             # An executable made now would hold the exporter's stand-ins for the weights; one made before, constants.
             flat = fx.Interpreter(self.graph_module).run(*leaves, enable_io_processing=False)
             return self.program.unflatten(list(flat))
@@ -112,6 +113,12 @@ class Optimized(nn.Module):
         say(f"export for {target}")
         program = dataclasses.replace(self.program, tensors={n: self.tensors()[n] for n in self.program.tensors})
         return write_onnx(program, Path(path), target=target, opset=opset, report=self.report)
+
+
+def _traced(leaves: list[Any]) -> bool:
+    """Is it this call that is exported? The exporter's flag belongs to the process: another thread may have set it."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return torch.compiler.is_dynamo_compiling() or not tensors or any(isinstance(t, FakeTensor) for t in tensors)
 
 
 def _from_archive(data: bytes) -> Optimized:

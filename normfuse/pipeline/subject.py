@@ -13,7 +13,7 @@ from normfuse.capture.export import captures
 from normfuse.errors import CaptureError, VerificationError
 from normfuse.graph.program import Program
 from normfuse.progress import say
-from normfuse.verification.trials import Trials, make_trials, original_run
+from normfuse.verification.trials import NothingCompared, Trials, make_trials, original_run
 
 Model = nn.Module | ExportedProgram
 
@@ -38,6 +38,8 @@ def capture_and_try(
         started = time.perf_counter()
         try:
             tried = _trials(model, captured, args, kwargs, trials) if trials else None
+        except NothingCompared:
+            raise
         except VerificationError as error:
             failure = failure or error
             continue

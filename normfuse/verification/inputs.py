@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from normfuse.graph.signature import Leaf, Signature
+from normfuse.graph.signature import Signature
 
 Leaves = list[Any]
 _IMAGE_RANK = 4
@@ -20,29 +20,79 @@ def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], boo
     """The example; then without end other values, at other (smaller) sizes where the signature and the model allow them."""
     yield example
     generator = torch.Generator().manual_seed(20_240_229)
+    bold = True
     for trial in itertools.count(1):
-        drawn = [_redraw(leaf, given, generator) for leaf, given in zip(signature.leaves, example, strict=True)]
+        drawn = [_redraw(given, generator) for given in example]
         resized = _resized(signature, drawn, shrink=trial)
-        yield resized if resized is not None and accepts(resized) else drawn
+        if bold and (found := _flipped(signature, example, drawn, generator, trial, accepts)) is not None:
+            yield found
+        else:
+            bold = False  # what the model refuses once it is not asked again
+            yield resized if resized is not None and accepts(resized) else drawn
 
 
-def _redraw(leaf: Leaf, given: Any, generator: torch.Generator) -> Any:
-    """Values like the example's: floats of its mean and spread, integers of its range; masks and constants stay."""
-    if not isinstance(given, Tensor) or given.numel() < 2:
-        return given
-    if given.dtype == torch.bool or given.is_complex():
+def _flipped(
+    signature: Signature,
+    example: Leaves,
+    drawn: Leaves,
+    generator: torch.Generator,
+    trial: int,
+    accepts: Callable[[Leaves], bool],
+) -> Leaves | None:
+    """Other masks and other constant integers, where there are any and the model takes them."""
+    if not any(_is_constant_integer(given) for given in example):
+        return None
+    flipped = [_flip(g, d, generator) for g, d in zip(example, drawn, strict=True)]
+    resized = _resized(signature, flipped, shrink=trial)
+    return next((leaves for leaves in (resized, flipped) if leaves is not None and accepts(leaves)), None)
+
+
+def _redraw(given: Any, generator: torch.Generator) -> Any:
+    """Values like the example's: floats of its mean and spread, integers of its range; what only `_flip` may vary stays."""
+    if not isinstance(given, Tensor) or given.numel() == 0 or given.dtype == torch.bool or given.is_complex():
         return given
     low, high = given.detach().amin(), given.detach().amax()
-    if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)) or bool(low == high):
+    if not bool(torch.isfinite(low)) or not bool(torch.isfinite(high)):
         return given
     if given.is_floating_point():
-        wide = given.detach().double()
-        noise = torch.randn(given.shape, generator=generator, dtype=torch.float64).to(given.device)
-        return (noise * wide.std() + wide.mean()).to(given.dtype)
-    if int(low) >= 0 and int(high) <= 1:
+        return _floats(given.detach(), generator)
+    if bool(low == high) or (int(low) >= 0 and int(high) <= 1):
         return given
     drawn = torch.randint(int(low), int(high) + 1, tuple(given.shape), generator=generator)
     return drawn.to(given.dtype).to(given.device)
+
+
+def _floats(given: Tensor, generator: torch.Generator) -> Tensor:
+    """Numbers of the same mean and spread; round a constant its sign is kept, for it may be a scale or a variance."""
+    wide = given.double()
+    if bool(wide.amin() == wide.amax()) and bool(wide.amax() != 0):
+        factors = 0.5 + torch.rand(given.shape, generator=generator, dtype=torch.float64).to(given.device)
+        return (wide * factors).to(given.dtype)
+    noise = torch.randn(given.shape, generator=generator, dtype=torch.float64).to(given.device)
+    spread = wide.std() if bool(wide.amin() != wide.amax()) else 1.0
+    return (noise * spread + wide.mean()).to(given.dtype)
+
+
+def _is_constant_integer(given: Any) -> bool:
+    """A mask of ones, ids of zeros: what people pass, and what shows nothing."""
+    if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex() or given.numel() < 2:
+        return False
+    value = int(given.flatten()[0])
+    # A table with one row has no row 1, and a device that is asked for it does not recover.
+    return bool((given == value).all()) and value >= 0 and (value > 0 or given.dtype == torch.bool or given.is_cpu)
+
+
+def _flip(given: Any, drawn: Any, generator: torch.Generator) -> Any:
+    """A constant mask with another end (the first place of a row stays, so that something is seen), smaller constants."""
+    if not _is_constant_integer(given):
+        return drawn
+    value = int(given.flatten()[0])
+    if value > 1:
+        return torch.randint(0, value + 1, tuple(given.shape), generator=generator).to(given.dtype).to(given.device)
+    length = given.shape[-1]
+    kept = torch.randint(1, length + 1, (*given.shape[:-1], 1), generator=generator)
+    flipped = torch.where(torch.arange(length) < kept, value, 1 - value)
+    return flipped.to(given.dtype).to(given.device)
 
 
 def _resized(signature: Signature, leaves: Leaves, shrink: int) -> Leaves | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -15,9 +15,16 @@ from normfuse.evaluate.float64 import run_float64
 from normfuse.graph.program import Program
 from normfuse.lower.torch import fastest, graph_module
 from normfuse.verification.inputs import draws
-from normfuse.verification.numerics import EXACT, Verification, compare
+from normfuse.verification.numerics import EXACT, Verification, compare, nothing_compared
+from normfuse.verification.sensitivity import sensitivity
 
 Leaves = list[Any]
+
+
+class NothingCompared(VerificationError):
+    """The trials give no number to compare."""
+
+
 Run = Callable[[Leaves], Leaves]
 RunAll = Callable[[Sequence[Leaves]], list[Leaves]]
 
@@ -42,6 +49,7 @@ class Trials:
     inputs: list[Leaves] = field(default_factory=list[Leaves])
     reference64: list[Leaves] = field(default_factory=list[Leaves])
     original: list[Leaves] = field(default_factory=list[Leaves])
+    _sensitivity: list[float] | None = None
 
     def draw(self, count: int) -> None:
         """Add trials. Raises `VerificationError` if the captured program does not run where the model does."""
@@ -60,7 +68,12 @@ class Trials:
 
     def _compare(self, original: list[Leaves], candidate: list[Leaves], error64: float, limit64: float) -> Verification:
         return compare(
-            reference64=self.reference64, error64=error64, original=original, candidate=candidate, limit64=limit64
+            reference64=self.reference64,
+            error64=error64,
+            original=original,
+            candidate=candidate,
+            limit64=limit64,
+            sensitivity=None if self._may_widen() else self.sensitivity,
         )
 
     def _settled(self, measure: Callable[[], Verification]) -> Verification:
@@ -68,15 +81,55 @@ class Trials:
         while True:
             verdict = measure()
             if not verdict.by_rounding_alone or not self.widen():
-                return verdict
+                return replace(verdict, notes=self.notes())
 
     def widen(self) -> bool:
         """Twice the trials where an output has fewer numbers than are enough; were there any to add?"""
-        count = len(self.inputs)
-        if count >= MOST or min(_numbers(self.original), default=ENOUGH) >= ENOUGH:
+        if not self._may_widen():
             return False
+        count = len(self.inputs)
         self.draw(min(count, MOST - count))
         return True
+
+    def _may_widen(self) -> bool:
+        return len(self.inputs) < MOST and min(_numbers(self.original), default=ENOUGH) < ENOUGH
+
+    def sensitivity(self) -> list[float]:
+        """What rounding the weights does to each output: measured once, on the smallest trials that are enough."""
+        if self._sensitivity is None:
+            few = self._smallest()
+            inputs, wanted = [self.inputs[i] for i in few], [self.reference64[i] for i in few]
+            self._sensitivity = sensitivity(self.captured, inputs, wanted)
+        return self._sensitivity
+
+    def _smallest(self) -> list[int]:
+        order = sorted(range(len(self.inputs)), key=lambda i: _size(self.inputs[i]))
+        for count in range(1, len(order)):
+            if min(_numbers([self.original[i] for i in order[:count]]), default=ENOUGH) >= ENOUGH:
+                return order[:count]
+        return order
+
+    def notes(self) -> tuple[str, ...]:
+        """What every trial had in common."""
+        if len(self.inputs) < 2:
+            return ("compared on the example alone",)
+        names = [leaf.name for place, leaf in enumerate(self.captured.signature.leaves) if self._never_varied(place)]
+        return tuple(f"the input {name!r} was never varied" for name in names)
+
+    def _never_varied(self, place: int) -> bool:
+        example, *others = [leaves[place] for leaves in self.inputs]
+        return isinstance(example, Tensor) and all(_same_values(example, other) for other in others)
+
+
+def _same_values(one: Tensor, other: Tensor) -> bool:
+    """Where both have numbers: a part of the example is the example again."""
+    common = tuple(slice(min(a, b)) for a, b in zip(one.shape, other.shape, strict=True))
+    one, other = one[common], other[common]
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _size(leaves: Leaves) -> int:
+    return sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _numbers(outputs: Sequence[Leaves]) -> list[int]:
@@ -88,7 +141,7 @@ def _numbers(outputs: Sequence[Leaves]) -> list[int]:
 def make_trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
     """Draw inputs and run the original on them, in its own dtype and (its captured program) in float64.
 
-    Raises `VerificationError` if capture itself has changed the function.
+    Raises `NothingCompared` if that gives no number, another `VerificationError` if capture itself has changed the function.
     """
 
     def accepts(leaves: Leaves) -> bool:
@@ -101,6 +154,8 @@ def make_trials(captured: Program, original: Run, example: Leaves, count: int) -
 
     trials = Trials(captured, original, draws(captured.signature, example, accepts))
     trials.draw(count)
+    if nothing := nothing_compared(trials.reference64):
+        raise NothingCompared(f"{nothing}: pass an example on which the model gives numbers, or verify=False")
     verdict = trials.judge_capture(lambda inputs: _certain(lambda: run_native(captured, inputs)))
     if not verdict:
         raise VerificationError(

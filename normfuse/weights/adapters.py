@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.errors import NormfuseError
-from normfuse.evaluate.promote import default_float64
 from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import argument, aten, is_op, op_name, value
 from normfuse.graph.program import Program
@@ -67,7 +66,7 @@ def carry(
             before, after = (replay({name: program}, tensors)[name] for tensors in (state_dict, adapted))
             found[name] = after - before
             continue
-        with torch.no_grad(), default_float64():
+        with torch.no_grad():
             found[name] = _carried(name, program, checkpoint_tensors(program, state_dict), mine)
     return found
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
-from normfuse.evaluate.promote import default_float64
 from normfuse.evaluate.rows import Weights
 from normfuse.graph.program import Origin, Program
 from normfuse.graph.roles import frontier
@@ -27,7 +26,7 @@ def bake(program: Program, tick: Tick | None = None) -> tuple[Program, dict[str,
     weights = Weights(program)  # the unbaked graph: a weight that feeds another is not rounded in between
     originals = {n.name: n for n in program.graph.nodes}
     taken = {name for origin in program.origins.values() for name in origin.names} | set(program.tensors)
-    with torch.no_grad(), default_float64():
+    with torch.no_grad():
         for node in [n for n in frontier(baked) if _asked_for(n)]:
             source = originals[node.name]
             sources = sources_of(source)  # there, too: in the copy, a weight that it reads may be baked already

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from normfuse.evaluate.promote import default_float64
 from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import shape, value
 from normfuse.graph.program import Program
@@ -26,7 +25,7 @@ class WeightProgram:
 
     def evaluate(self, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
         """The weight from the given tensors (by original name), in float64, rounded once."""
-        with torch.no_grad(), default_float64():
+        with torch.no_grad():
             return _evaluate(Weights(self.program, dict(tensors) if tensors is not None else None), self.node)
 
     def __str__(self) -> str:
@@ -35,7 +34,7 @@ class WeightProgram:
 
 def evaluate(program: Program, node: fx.Node) -> Tensor:
     """The value of one weight program, in float64, rounded once."""
-    with torch.no_grad(), default_float64():
+    with torch.no_grad():
         return _evaluate(Weights(program), node)
 
 

@@ -14,6 +14,7 @@ from normfuse.recognise.rows.rows import Rows
 from normfuse.recognise.rows.standardize import Factor, Standardised
 
 _CLOSE = 1e-9
+"""A factor fitted to 1e-11 against the root of a whole number: the roots of neighbours differ by more, up to 10^8."""
 
 
 @dataclass(frozen=True)

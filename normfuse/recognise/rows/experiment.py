@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.evaluate.promote import default_float64, promote
+from normfuse.evaluate.float64 import in_float64
+from normfuse.evaluate.promote import promote
 from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import value
 from normfuse.graph.roles import Role
@@ -86,12 +87,11 @@ class Experiment:
         slots[0] = x
         for node, v in given.items():
             slots[self._slots[node]] = v
-        with torch.no_grad(), default_float64():
+        with torch.no_grad():
             for place, target, args, kwargs in self._calls:
                 try:
-                    slots[place] = target(
-                        *[_fill(a, slots) for a in args], **{k: _fill(v, slots) for k, v in kwargs.items()}
-                    )
+                    filled = [_fill(a, slots) for a in args]
+                    slots[place] = in_float64(target, filled, {k: _fill(v, slots) for k, v in kwargs.items()})
                 except Exception:
                     slots[place] = _FAILED
         return {node: slots[self._slots[node]] for node in self.region.nodes if slots[self._slots[node]] is not _FAILED}

@@ -14,6 +14,7 @@ from normfuse.recognise.rows.rows import Rows, all_finite
 from normfuse.recognise.rows.standardize import Factor, Standardisation
 
 _EXACT = 1e-12
+"""Two spellings of an activation differ by a few roundings of float64, gelu's two approximations by 1e-4."""
 _SATURATED = 50.0
 _PROBE = 0.1
 

@@ -19,8 +19,15 @@ from normfuse.recognise.rows.experiment import Experiment
 from normfuse.recognise.rows.rows import Rows, all_finite, reduced, varying_axes
 
 LARGE, TINY = 1e12, 1e-40
+"""Sizes of rows at which eps is nothing (1e-24 of the mean square, below float64's rounding) and everything."""
+
 FIT = 1e-8
+"""How far a straight line fitted through four draws may be off: its slope divides by a spread that may be small, which
+costs half of float64's sixteen digits at worst. What passes is held to `MATCH` once its constants are known."""
+
 MATCH = 1e-11
+"""How far the formula may be off the region's values: both are float64 and differ by the rounding of a row's sums, 1e-13;
+eps in another place or n - 1 for n shows above 1e-8 at one of the sizes of rows."""
 
 
 @dataclass(frozen=True)
