@@ -11,7 +11,8 @@ from torch import nn
 
 import normfuse
 from normfuse.capture.export import capture
-from normfuse.evaluate.float64 import in_float64, run_float64
+from normfuse.evaluate.float64 import run_float64
+from normfuse.evaluate.promote import in_float64
 from normfuse.graph.node import aten
 from tests.support import assert_same_function, image, randomised
 

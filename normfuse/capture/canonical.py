@@ -13,6 +13,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 
 from normfuse.capture.branches import conditions_of
 from normfuse.capture.effects import own_outputs, refuse_side_effects
+from normfuse.capture.writes import functional_twin, mutated_by, name_of, needs_functionalization
 from normfuse.errors import CaptureError
 from normfuse.graph.node import argument, arguments, aten, dtype, expression, is_getitem, is_op, source_line, value
 from normfuse.graph.program import Kind, Origin, Program
@@ -29,7 +30,7 @@ _KINDS: dict[InputKind, Kind] = {
 
 def from_exported(exported: ExportedProgram) -> Program:
     """The canonical program of an ExportedProgram. Raises `CaptureError` for what inference cannot keep."""
-    if _needs_functionalization(exported.graph_module):
+    if needs_functionalization(exported.graph_module):
         exported = exported.run_decompositions({})
     refuse_side_effects(exported)
     program = _Builder(exported).build()
@@ -50,95 +51,7 @@ def _weights_first(program: Program) -> None:
         node.meta["constant"] = True
 
 
-# -- mutation -----------------------------------------------------------------------------------------------------
-
-
-def _mutated(node: fx.Node) -> list[Any]:
-    """The arguments that a call writes to."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.is_mutable:
-        return []
-    bound = arguments(node)
-    return [bound[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-
-
-def _is_view(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return (
-        node.op == "call_function"
-        and schema is not None
-        and any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-    )
-
-
-def _needs_functionalization(module: torch.nn.Module) -> bool:
-    """Do mutations need torch's own functionalization, or is each a plain `y = f_(x)` on a value with no other name?"""
-    graphs = [m.graph for m in module.modules() if isinstance(m, fx.GraphModule)]
-    return any(_has_hard_mutation(graph) or _has_hard_wrapper(graph) for graph in graphs)
-
-
-def _has_hard_wrapper(graph: fx.Graph) -> bool:
-    for node in graph.nodes:
-        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
-            if _name(node) == "wrap_with_autocast" and node.args[2]:
-                return True
-            if _name(node) not in ("wrap_with_autocast", "wrap_with_set_grad_enabled"):
-                return True
-    return False
-
-
-def _has_hard_mutation(graph: fx.Graph) -> bool:
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    for node in graph.nodes:
-        targets = _mutated(node)
-        if not targets:
-            continue
-        if len(targets) != 1 or _functional(node) is None or not isinstance(targets[0], fx.Node):
-            return True
-        if _is_seen_elsewhere(targets[0], node, place):
-            return True
-    return False
-
-
-def _is_seen_elsewhere(written: fx.Node, writer: fx.Node, place: dict[fx.Node, int]) -> bool:
-    """Is the memory that `writer` writes to read after it under another name, or not the graph's own?"""
-    names, pending = {written}, [written]
-    while pending:
-        node = pending.pop()
-        shared = [user for user in node.users if _is_view(user) or is_getitem(user) or _mutated(user)[:1] == [node]]
-        if _is_view(node) or is_getitem(node) or _mutated(node):
-            shared += node.all_input_nodes[:1]
-        elif node.op != "call_function":
-            return True
-        new = [n for n in shared if n not in names and n is not writer]
-        names.update(new)
-        pending += new
-    others = [name for name in names if _first_name(name) is not _first_name(written)]
-    return any(place[user] > place[writer] for name in others for user in name.users if user is not writer)
-
-
-def _first_name(node: fx.Node) -> fx.Node:
-    """Of a tensor that is written in place again and again, the node that made it."""
-    while _mutated(node):
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _functional(node: fx.Node) -> Any:
-    """`aten.relu.default` for `aten.relu_.default`, if there is such a twin with the same arguments."""
-    name, _, overload = str(node.target).removeprefix("aten.").partition(".")
-    packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
-    twin = getattr(packet, overload, None)
-    if twin is None or len(twin._schema.arguments) != len(node.target._schema.arguments):  # type: ignore[union-attr]
-        return None
-    return twin
-
-
 # -- building -----------------------------------------------------------------------------------------------------
-
-
-def _name(node: fx.Node) -> str:
-    return getattr(node.target, "__name__", str(node.target))
 
 
 class _Builder:
@@ -217,7 +130,7 @@ class _Builder:
                 if module is self.exported.graph_module:
                     self.graph.output(own_outputs(self.exported, tuple(result)))
                 return result
-            elif _name(node) in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
+            elif name_of(node) in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
                 self.env[node] = self._inline(module, node)
             elif is_getitem(node) and isinstance(self.env.get(node.args[0]), list | tuple):  # type: ignore[arg-type]
                 self.env[node] = self.env[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -237,7 +150,7 @@ class _Builder:
 
     def _inline(self, module: fx.GraphModule, node: fx.Node) -> Any:
         """`with torch.no_grad():` and disabled autocast leave nothing behind at inference."""
-        first = 1 if _name(node) == "wrap_with_set_grad_enabled" else 4
+        first = 1 if name_of(node) == "wrap_with_set_grad_enabled" else 4
         body = self.env[node.args[first]]  # type: ignore[index]
         inputs = [n for n in body.graph.nodes if n.op == "placeholder"]
         for inner, outer in zip(inputs, node.args[first + 1 :], strict=True):
@@ -246,9 +159,9 @@ class _Builder:
 
     def _call(self, node: fx.Node) -> None:
         target = node.target
-        mutated = _mutated(node)
+        mutated = mutated_by(node)
         if mutated:
-            target = _functional(node)
+            target = functional_twin(node)
             if target is None:
                 raise CaptureError(f"the operator {node.target} at {source_line(node)} writes in place and has no twin")
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), self._resolve)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
@@ -53,3 +55,22 @@ def _reads_inputs(exported: ExportedProgram, item: Any) -> bool:
             seen.add(node)
             pending.extend(node.all_input_nodes)
     return False
+
+
+@contextlib.contextmanager
+def left_as_it_is(model: nn.Module) -> Generator[None]:
+    """A call of the model leaves no trace: its buffers are copies meanwhile, and plain attributes are put back."""
+    modules = list(model.modules())
+    attributes = [dict(vars(module)) for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    for module in modules:
+        module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
+    try:
+        yield
+    finally:
+        for module, before, own in zip(modules, attributes, buffers, strict=True):
+            module._buffers.clear()
+            module._buffers.update(own)
+            for name in vars(module).keys() - before.keys():
+                del module.__dict__[name]
+            module.__dict__.update(before)

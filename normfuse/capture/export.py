@@ -13,7 +13,6 @@ import inspect
 import io
 import logging
 import sys
-import threading
 import traceback
 import warnings
 from collections import Counter
@@ -27,14 +26,13 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from normfuse.capture.canonical import from_exported
+from normfuse.capture.effects import left_as_it_is
 from normfuse.capture.fixed import fixed_sizes, notes_of
 from normfuse.capture.shapes import Attempt, CallCounter, Shapes, attempts, every_input_named
 from normfuse.errors import CaptureError, InputError
 from normfuse.graph.program import Program
 from normfuse.graph.signature import bind
-
-_ONE_AT_A_TIME = threading.RLock()
-"""The exporter patches torch, warnings and standard error for the whole process: two at once trip over each other."""
+from normfuse.ops.tracing import TRACING
 
 
 def capture(
@@ -66,7 +64,7 @@ def captures(
     Raises `CaptureError` if there is none.
     """
     if isinstance(model, ExportedProgram):
-        with _ONE_AT_A_TIME:
+        with TRACING:
             program = from_exported(model)
         yield program
         return
@@ -107,7 +105,7 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return Counter()
     given, named = copy.deepcopy((args, kwargs))
     try:
-        with torch.no_grad(), CallCounter() as counter:
+        with torch.no_grad(), left_as_it_is(model), CallCounter() as counter:
             model(*given, **named)
     except Exception as error:
         raise CaptureError(_explain(model, error, "does not run on the example")) from error
@@ -166,7 +164,7 @@ def _support_transformers_caches(model: nn.Module) -> None:
 def _export(
     model: nn.Module, attempt: Attempt, parameters: inspect.Signature | None, reason: str, earlier: Mapping[str, str]
 ) -> Program:
-    with _ONE_AT_A_TIME:
+    with TRACING:
         try:
             with warnings.catch_warnings(), _quiet_exporter(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
                 warnings.simplefilter("ignore")

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from normfuse.evaluate.float64 import in_float64
-from normfuse.evaluate.promote import promote
+from normfuse.evaluate.promote import in_float64, promote
 from normfuse.graph.node import expression, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles

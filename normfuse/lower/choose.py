@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from threading import Lock
 from typing import Any
 
 import torch
@@ -16,8 +15,6 @@ from normfuse.graph.program import Program
 from normfuse.lower.torch import fastest, graph_module
 
 Run = Callable[..., Sequence[Any]]
-LOWERING = Lock()
-"""Held while a program is made ready: tracing is not for several threads, running is."""
 
 BACKENDS = ("torch", "inductor", "onnxruntime", "auto")
 

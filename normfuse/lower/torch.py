@@ -15,6 +15,7 @@ from normfuse.graph.node import argument, aten, is_op, rank, value
 from normfuse.graph.program import Program
 from normfuse.graph.structure import check_structure
 from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.tracing import TRACING
 from normfuse.rewrite import Editor, Log, Value
 from normfuse.rewrite.decompose import decompose
 
@@ -32,16 +33,20 @@ def fastest(program: Program, device: torch.device) -> Program:
 
 
 def _lower(program: Program, *, zero_mean_as_layer_norm: bool) -> Program:
-    edit = Editor(program, "lower", Log())
+    with TRACING:
+        _replace_ours(Editor(program, "lower", Log()), program, zero_mean_as_layer_norm)
+        program.drop_dead()
+        check_structure(program, after="lowering to torch")
+    return program
+
+
+def _replace_ours(edit: Editor, program: Program, zero_mean_as_layer_norm: bool) -> None:
     for node in list(program.graph.nodes):
         if node.op != "call_function" or getattr(node.target, "namespace", "") != "normfuse":
             continue
         with edit.at(node):
             new = _rms_norm(node, edit, zero_mean_as_layer_norm) if is_op(node, RMS_NORM) else None
             edit.replace(node, new if new is not None else decompose(node, edit))
-    program.drop_dead()
-    check_structure(program, after="lowering to torch")
-    return program
 
 
 def _rms_norm(node: fx.Node, edit: Editor, zero_mean_as_layer_norm: bool) -> Value | None:

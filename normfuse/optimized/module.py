@@ -14,8 +14,9 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from normfuse.capture.export import capture
 from normfuse.graph.program import Program
-from normfuse.lower.choose import LOWERING, Run, executable
+from normfuse.lower.choose import Run, executable
 from normfuse.lower.torch import graph_module, plain
+from normfuse.ops.tracing import TRACING
 from normfuse.optimized.archive import conditions_of, load_exported, save, signature_of
 from normfuse.progress import say
 from normfuse.report import Report
@@ -53,7 +54,7 @@ class Optimized(nn.Module):
 
     def _lower(self) -> Any:
         """The executable for the device that the weights are on now."""
-        with LOWERING:
+        with TRACING:
             if self.__dict__["_run"] is None:
                 here = {name: t for name, t in self.tensors().items() if name in self.program.tensors}
                 self.__dict__["_run"] = executable(dataclasses.replace(self.program, tensors=here), self.backend)

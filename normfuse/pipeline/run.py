@@ -14,6 +14,7 @@ from normfuse.errors import VerificationError
 from normfuse.evaluate.float64 import run_float64
 from normfuse.evaluate.promote import give_back
 from normfuse.graph.program import Program
+from normfuse.ops.tracing import TRACING
 from normfuse.progress import say
 from normfuse.recognise import RULES
 from normfuse.rewrite import Rule
@@ -63,15 +64,16 @@ class Pipeline:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def raise_(self, log: Log | None = None) -> tuple[Program, Log]:
-        with self.timed("raise"):
+        with TRACING, self.timed("raise"):
             program = self.captured.copy()
             return program, run_passes(program, RULES, log or Log(excluded=self.not_raised))
 
     def rewrite(self, raised: Program, log: Log) -> Program:
-        program = raised.copy()
-        run_passes(program, self.rules, log, named=self.named)
-        mark_zero_mean(program)
-        return program
+        with TRACING:
+            program = raised.copy()
+            run_passes(program, self.rules, log, named=self.named)
+            mark_zero_mean(program)
+            return program
 
     def run(self, trials: Trials | None, excluded: frozenset[FiringKey] = frozenset()) -> Result:
         """All the way through, without the rewrites `excluded` and those that verification finds to be wrong."""
@@ -84,8 +86,8 @@ class Pipeline:
             with self.timed("verify"):
                 problem, error64 = self._check64(unbaked, trials)
             if not problem:
-                unbaked.settled = settled_buffers(self.captured, unbaked)
-                with self.timed("bake"):
+                with TRACING, self.timed("bake"):
+                    unbaked.settled = settled_buffers(self.captured, unbaked)
                     baked, ledger = bake(unbaked, lambda name: say(f"bake {name}"))
                 with self.timed("verify"):
                     verification = self._judge(baked, error64, trials)

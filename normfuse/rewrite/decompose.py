@@ -9,6 +9,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 if TYPE_CHECKING:
     from normfuse.rewrite import Editor, Value
+from normfuse.ops.tracing import TRACING
 
 
 def decompose(node: fx.Node, edit: Editor) -> Value:
@@ -21,7 +22,7 @@ def decompose(node: fx.Node, edit: Editor) -> Value:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
-    with edit.program.fake_mode:
+    with TRACING, edit.program.fake_mode:
         traced = make_fx(reference, pre_dispatch=True)(*fakes)
     env: dict[fx.Node, Any] = dict(zip((n for n in traced.graph.nodes if n.op == "placeholder"), tensors, strict=True))
     for inner in traced.graph.nodes:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.evaluate.float64 import in_float64
-from normfuse.evaluate.promote import promote
+from normfuse.evaluate.promote import in_float64, promote
 from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import value
 from normfuse.graph.roles import Role

@@ -20,8 +20,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from normfuse.analysis import Facts
-from normfuse.evaluate.float64 import in_float64
-from normfuse.evaluate.promote import promote
+from normfuse.evaluate.promote import in_float64, promote
 from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import aten, is_op, rank, shape, value
 from normfuse.graph.program import Program

@@ -26,6 +26,7 @@ from normfuse.lower.onnx.file.functions import add_functions
 from normfuse.lower.onnx.file.names import CONDITIONS, axis_names, name_values
 from normfuse.lower.onnx.file.translations import translations
 from normfuse.lower.onnx.form import onnx_form
+from normfuse.ops.tracing import TRACING
 from normfuse.show.page import Column, Page, Section
 
 TARGETS = ("onnxruntime", "onnx")
@@ -170,7 +171,7 @@ def _translate(form: Program, choice: Choice) -> Any:
     exported = to_exported(form)
     _settle(form)
     try:
-        with _quiet(), torch.no_grad():
+        with TRACING, _quiet(), torch.no_grad():
             written: Any = torch.onnx.export(
                 exported,
                 dynamo=True,
