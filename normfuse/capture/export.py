@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 from normfuse.capture.canonical import from_exported
 from normfuse.capture.effects import left_as_it_is
 from normfuse.capture.fixed import fixed_sizes, notes_of
-from normfuse.capture.shapes import Attempt, CallCounter, Shapes, attempts, every_input_named
+from normfuse.capture.shapes import IMAGE_RANK, Attempt, CallCounter, Shapes, attempts, every_input_named
 from normfuse.errors import CaptureError, InputError
 from normfuse.graph.program import Program
 from normfuse.graph.signature import bind
@@ -76,7 +76,8 @@ def captures(
     except InputError as error:
         raise CaptureError(f"{type(model).__name__}: {error}") from None
     _support_transformers_caches(model)
-    calls = _run_once(model, positional, named)
+    images = any(t.dim() >= IMAGE_RANK and t.is_floating_point() for t in _tensors(positional, named))
+    calls = _run_once(model, positional, named) if images else Counter()
     failure: CaptureError | None = None
     made = 0
     earlier: Mapping[str, str] = {}
@@ -88,6 +89,8 @@ def captures(
                 earlier = program.signature.fixed
                 program.signature.flatten(args, kwargs or {})
             except (CaptureError, InputError) as error:
+                if failure is None and not images:
+                    _run_once(model, positional, named)  # its own error says more than the exporter's
                 failure = failure or CaptureError(str(error))
                 continue
             made += 1

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 Shapes = Any
 
-_IMAGE_RANK = 4
+IMAGE_RANK = 4
 _MOST_MIXES = 8
 """Products over positions (attention) behind convolutions up to which free image sizes are captured in seconds."""
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
@@ -52,7 +52,7 @@ def attempts(
     costly = bool(_CONVOLUTIONS & calls.keys()) and ("roll" in calls or sum(calls[m] for m in _MIXES) > _MOST_MIXES)
 
     def every(tensor: Tensor) -> range:
-        return range(1 if costly and tensor.dim() >= _IMAGE_RANK else tensor.dim())
+        return range(1 if costly and tensor.dim() >= IMAGE_RANK else tensor.dim())
 
     doubled = at_least_two(args, kwargs)
     for given in (doubled, (args, kwargs)) if doubled is not None else ((args, kwargs),):

@@ -51,7 +51,7 @@ class Signature:
         with which the model would take another branch.
         """
         if (direct := self._direct(args, kwargs)) is not None:
-            self._check(direct)
+            self.check(direct)
             return direct
         bound_args, bound_kwargs = bind(self.parameters, args, kwargs)
         wanted = cast("tuple[str, ...]", tuple(self.in_spec.child(1).context or ()))
@@ -65,7 +65,7 @@ class Signature:
         leaves, spec = pytree.tree_flatten((bound_args, {k: bound_kwargs[k] for k in wanted}))
         if spec != self.in_spec:
             raise InputError(f"inputs are nested as {spec}, but the program was captured with {self.in_spec}")
-        self._check(leaves)
+        self.check(leaves)
         return leaves
 
     @cached_property
@@ -94,7 +94,7 @@ class Signature:
         parameter = self.parameters.parameters.get(name) if self.parameters else None
         return parameter is not None and parameter.default is given
 
-    def _check(self, leaves: list[Any]) -> None:
+    def check(self, leaves: list[Any]) -> None:
         sizes: dict[str, int] = {}
         for leaf, given in zip(self.leaves, leaves, strict=True):
             if not leaf.is_tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,20 @@ from normfuse.graph.signature import Signature
 Leaves = list[Any]
 _IMAGE_RANK = 4
 _LONGEST = 8  # a sequence of this length shows as much as a longer one and costs less memory
+_IMAGE = (128, 96)  # halved five times, an image of this size still has a border and an inside
+_LEAST = 2  # every so many trials, sizes of one are tried
+
+
+def excerpt(signature: Signature, example: Leaves) -> Leaves | None:
+    """A part of the example that shows as much and costs less: a batch of two, a short sequence, a small image."""
+    part = _resized(signature, example, shrink=0)
+    return part if part is not None and 2 * _numel(part) <= _numel(example) else None
+
+
+def empty(signature: Signature, example: Leaves) -> Leaves | None:
+    """The example without one entry in its batch, where that is a size of its own."""
+    batch = _batch(signature)
+    return _with_sizes(signature, example, dict.fromkeys(batch, 0)) if len(batch) == 1 else None
 
 
 def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
@@ -23,12 +37,21 @@ def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], boo
     bold = True
     for trial in itertools.count(1):
         drawn = [_redraw(given, generator) for given in example]
-        resized = _resized(signature, drawn, shrink=trial)
         if bold and (found := _flipped(signature, example, drawn, generator, trial, accepts)) is not None:
             yield found
         else:
             bold = False  # what the model refuses once it is not asked again
-            yield resized if resized is not None and accepts(resized) else drawn
+            yield next(_accepted(signature, drawn, trial, accepts), drawn)
+
+
+def _accepted(
+    signature: Signature, leaves: Leaves, trial: int, accepts: Callable[[Leaves], bool]
+) -> Iterator[Leaves]:
+    """The leaves at other sizes, the boldest first, that the model takes."""
+    for least in (True, False) if trial % _LEAST == 0 else (False,):
+        resized = _resized(signature, leaves, trial, least=least)
+        if resized is not None and accepts(resized):
+            yield resized
 
 
 def _flipped(
@@ -43,8 +66,8 @@ def _flipped(
     if not any(_is_constant_integer(given) for given in example):
         return None
     flipped = [_flip(g, d, generator) for g, d in zip(example, drawn, strict=True)]
-    resized = _resized(signature, flipped, shrink=trial)
-    return next((leaves for leaves in (resized, flipped) if leaves is not None and accepts(leaves)), None)
+    resized = next(_accepted(signature, flipped, trial, accepts), None)
+    return resized if resized is not None else flipped if accepts(flipped) else None
 
 
 def _redraw(given: Any, generator: torch.Generator) -> Any:
@@ -95,22 +118,53 @@ def _flip(given: Any, drawn: Any, generator: torch.Generator) -> Any:
     return flipped.to(given.dtype).to(given.device)
 
 
-def _resized(signature: Signature, leaves: Leaves, shrink: int) -> Leaves | None:
+def _resized(signature: Signature, leaves: Leaves, shrink: int, *, least: bool = False) -> Leaves | None:
     """Other sizes wherever they are free: a batch of one (or two), any other size smaller (no table forbids that)."""
-    free = {size for leaf in signature.leaves for size in leaf.sizes if isinstance(size, str)}
-    if not free:
+    sizes = _sizes(signature, leaves)
+    if not sizes:
         return None
-    batch = {leaf.sizes[0] for leaf in signature.leaves if leaf.is_tensor and leaf.sizes}
+    batch, images = _batch(signature), _images(signature)
+    wanted: dict[str, int] = {}
+    for name, size in sizes.items():
+        if name in batch:
+            wanted[name] = min(size, 2) if shrink == 0 else 1 if size > 1 else 2
+        elif name in images:
+            wanted[name] = min(size, _IMAGE[0] if shrink == 0 else _IMAGE[1])
+        else:
+            wanted[name] = 1 if least else min(size, max(2, min(_LONGEST, size) - shrink))
+    return _with_sizes(signature, leaves, wanted)
+
+
+def _with_sizes(signature: Signature, leaves: Leaves, wanted: Mapping[str, int]) -> Leaves:
     out: Leaves = []
     for leaf, given in zip(signature.leaves, leaves, strict=True):
         tensor = given
-        for axis, size in enumerate(leaf.sizes):
-            if size not in free:
-                continue
-            if size in batch:
-                tensor = tensor.narrow(axis, 0, 1) if tensor.shape[axis] > 1 else torch.cat([tensor, tensor], axis)
-            elif tensor.shape[axis] > 2 and len(leaf.sizes) < _IMAGE_RANK:
-                smaller = max(2, min(_LONGEST, tensor.shape[axis]) - shrink)
-                tensor = tensor.narrow(axis, 0, min(smaller, tensor.shape[axis]))
+        for axis, name in enumerate(leaf.sizes):
+            if isinstance(name, str) and name in wanted:
+                size = wanted[name]
+                tensor = torch.cat([tensor, tensor], axis) if size > tensor.shape[axis] else tensor
+                tensor = tensor.narrow(axis, 0, size)
         out.append(tensor.contiguous() if isinstance(tensor, Tensor) else tensor)
     return out
+
+
+def _sizes(signature: Signature, leaves: Leaves) -> dict[str, int]:
+    return {
+        name: given.shape[axis]
+        for leaf, given in zip(signature.leaves, leaves, strict=True)
+        for axis, name in enumerate(leaf.sizes) if isinstance(name, str)
+    }  # fmt: skip
+
+
+def _batch(signature: Signature) -> set[str]:
+    return {first for leaf in signature.leaves if leaf.is_tensor and leaf.sizes and isinstance(first := leaf.sizes[0], str)}
+
+
+def _images(signature: Signature) -> set[str]:
+    """Free sizes that tensors of four and more dimensions alone have."""
+    large = {n for leaf in signature.leaves if len(leaf.sizes) >= _IMAGE_RANK for n in leaf.sizes if isinstance(n, str)}
+    return large - {n for leaf in signature.leaves if len(leaf.sizes) < _IMAGE_RANK for n in leaf.sizes}
+
+
+def _numel(leaves: Leaves) -> int:
+    return sum(leaf.numel() for leaf in leaves if isinstance(leaf, Tensor))

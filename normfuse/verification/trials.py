@@ -13,9 +13,20 @@ from torch import Tensor, nn
 from normfuse.errors import VerificationError
 from normfuse.evaluate.float64 import run_float64
 from normfuse.graph.program import Program
+from normfuse.graph.signature import Signature
 from normfuse.lower.torch import fastest, graph_module
-from normfuse.verification.inputs import draws
-from normfuse.verification.numerics import EXACT, Verification, compare, nothing_compared
+from normfuse.verification.inputs import draws, empty, excerpt
+from normfuse.verification.numerics import (
+    EXACT,
+    RATIO,
+    Mismatch,
+    Verification,
+    compare,
+    max_abs_error,
+    nothing_compared,
+    relative_error,
+    rounding,
+)  # fmt: skip
 from normfuse.verification.sensitivity import sensitivity
 
 Leaves = list[Any]
@@ -35,6 +46,9 @@ The ratio of two equal errors over n independent numbers is above 2 once in 10^7
 the numbers of one run are not independent of each other, hence twice that.
 """
 
+_AT_ONE_SIZE = 2
+"""Trials of a model whose sizes are all fixed: other values show no more than the first other values do."""
+
 MOST = 64
 """Trials at most, however few numbers each gives."""
 
@@ -45,26 +59,66 @@ class Trials:
 
     captured: Program
     run: Run
+    """The original on leaves that it must not change."""
     source: Iterator[Leaves]
     inputs: list[Leaves] = field(default_factory=list[Leaves])
     reference64: list[Leaves] = field(default_factory=list[Leaves])
     original: list[Leaves] = field(default_factory=list[Leaves])
+    whole: list[Leaves] = field(default_factory=list[Leaves])
+    whole_original: list[Leaves] = field(default_factory=list[Leaves])
+    """The example as it is, where a part of it stands among `inputs`: compared in the model's own dtype."""
     _sensitivity: list[float] | None = None
 
     def draw(self, count: int) -> None:
         """Add trials. Raises `VerificationError` if the captured program does not run where the model does."""
         new = list(islice(self.source, count))
-        self.original += [self.run(cloned(leaves)) for leaves in new]
+        self.original += [self.run(leaves) for leaves in new]
         self.reference64 += _certain(lambda: run_float64(self.captured, new))
         self.inputs += new
 
     def judge(self, error64: float, candidate: RunAll, limit64: float = EXACT) -> Verification:
         """Compare a candidate with the original."""
-        return self._settled(lambda: self._compare(self.original, candidate(self.inputs), error64, limit64))
+        verdict = self._settled(lambda: self._compare(self.original, candidate(self.inputs), error64, limit64))
+        if not verdict or not self.whole:
+            return verdict
+        try:
+            got = candidate(self.whole)
+            differences = relative_error(got, self.whole_original)
+        except Mismatch as mismatch:
+            return replace(verdict, equivalent=False, reason=f"on the whole example, {mismatch}")
+        if any(d > u for d, u in zip(differences, self._allowed(), strict=True)):
+            self._settle_the_whole()
+            return self.judge(error64, candidate, limit64)
+        return replace(verdict, max_abs_error=max(verdict.max_abs_error, max_abs_error(got, self.whole_original)))
+
+    def _allowed(self) -> list[float]:
+        """How far two results may be apart that are each as good as they may be: one unit and `RATIO` units.
+
+        The unit is that of the smaller trials; what is further apart is measured in float64 before it is judged.
+        """
+        theirs = relative_error(self.original, self.reference64)
+        return [(1 + RATIO) * max(pair) for pair in zip(theirs, rounding(self.original[0]), strict=True)]
+
+    def _settle_the_whole(self) -> None:
+        """The example becomes a trial like the others."""
+        self.reference64 += _certain(lambda: run_float64(self.captured, self.whole))
+        self.inputs += self.whole
+        self.original += self.whole_original
+        self.whole, self.whole_original = [], []
 
     def judge_capture(self, captured: RunAll) -> Verification:
         """Is the model as close to the float64 reference as the captured program, which that reference was made from?"""
-        return self._settled(lambda: self._compare(captured(self.inputs), self.original, 0.0, EXACT))
+        verdict = self._settled(lambda: self._compare(captured(self.inputs), self.original, 0.0, EXACT))
+        if not verdict or not self.whole:
+            return verdict
+        try:
+            differences = relative_error(captured(self.whole), self.whole_original)
+        except Mismatch as mismatch:
+            return replace(verdict, equivalent=False, reason=f"on the whole example, {mismatch}")
+        if any(d > u for d, u in zip(differences, self._allowed(), strict=True)):
+            self._settle_the_whole()
+            return self.judge_capture(captured)
+        return verdict
 
     def _compare(self, original: list[Leaves], candidate: list[Leaves], error64: float, limit64: float) -> Verification:
         return compare(
@@ -141,18 +195,50 @@ def _numbers(outputs: Sequence[Leaves]) -> list[int]:
 def make_trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
     """Draw inputs and run the original on them, in its own dtype and (its captured program) in float64.
 
+    Sizes of one and none that the model takes, and the captured program too, are the program's from then on.
     Raises `NothingCompared` if that gives no number, another `VerificationError` if capture itself has changed the function.
     """
+    strict = captured.signature
+    captured.signature = _down_to_one(strict)
+    try:
+        trials = _trials(captured, original, example, count)
+    except NothingCompared:
+        raise
+    except VerificationError:
+        if captured.signature == strict:
+            raise
+        captured.signature = strict
+        trials = _trials(captured, original, example, count)
+    else:
+        captured.signature = _as_seen(strict, captured.signature, trials.inputs)
+    _try_none(trials, example)
+    return trials
+
+
+def _trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
+    outcomes: dict[int, Leaves] = {}
+    tried: list[Leaves] = []
 
     def accepts(leaves: Leaves) -> bool:
         try:
-            original(cloned(leaves))
-            captured.signature._check(leaves)
+            captured.signature.check(leaves)
+            outcomes[id(leaves)] = original(cloned(leaves))
         except Exception:
             return False
+        tried.append(leaves)  # so that its id stays its own
         return True
 
-    trials = Trials(captured, original, draws(captured.signature, example, accepts))
+    def run(leaves: Leaves) -> Leaves:
+        known = outcomes.get(id(leaves))
+        return known if known is not None else original(cloned(leaves))
+
+    part = excerpt(captured.signature, example)
+    first = part if part is not None and accepts(part) else example
+    if not any(isinstance(size, str) for leaf in captured.signature.leaves for size in leaf.sizes):
+        count = min(count, _AT_ONE_SIZE)
+    trials = Trials(captured, run, draws(captured.signature, first, accepts))
+    if first is not example:
+        trials.whole, trials.whole_original = [example], [run(example)]
     trials.draw(count)
     if nothing := nothing_compared(trials.reference64):
         raise NothingCompared(f"{nothing}: pass an example on which the model gives numbers, or verify=False")
@@ -163,6 +249,44 @@ def make_trials(captured: Program, original: Run, example: Leaves, count: int) -
             "Python state that changes between calls"
         )
     return trials
+
+
+def _down_to_one(signature: Signature) -> Signature:
+    """Torch assumes "at least 2" of every free size, but seldom relies on it: let sizes of one be tried."""
+    free = {size for leaf in signature.leaves for size in leaf.sizes if isinstance(size, str)}
+    lows = {name: (1, high) for name, (low, high) in signature.ranges.items() if name in free and low == 2}
+    return replace(signature, ranges={**signature.ranges, **lows})
+
+
+def _as_seen(strict: Signature, relaxed: Signature, inputs: Sequence[Leaves]) -> Signature:
+    """Sizes of one stay allowed where a trial had them."""
+    seen = {
+        size
+        for leaves in inputs
+        for leaf, given in zip(strict.leaves, leaves, strict=True)
+        for axis, size in enumerate(leaf.sizes)
+        if isinstance(size, str) and given.shape[axis] == 1
+    }
+    return replace(strict, ranges={name: (relaxed if name in seen else strict).ranges[name] for name in strict.ranges})
+
+
+def _try_none(trials: Trials, example: Leaves) -> None:
+    """An empty batch, where the model takes one and the captured program gives the same."""
+    leaves = empty(trials.captured.signature, example)
+    if leaves is None:
+        return
+    try:
+        wanted = trials.run(leaves)
+        relative_error(run_native(trials.captured, [leaves]), [wanted])
+    except Exception:
+        return  # the model's own limit, or the captured program's: sizes begin at one
+    signature = trials.captured.signature
+    [name] = {leaf.sizes[0] for leaf in signature.leaves if leaf.sizes and isinstance(leaf.sizes[0], str)}
+    low, high = signature.ranges.get(str(name), (1, 2**62))
+    if low <= 1:
+        trials.captured.signature = replace(signature, ranges={**signature.ranges, str(name): (0, high)})
+        trials.whole.append(leaves)
+        trials.whole_original.append(wanted)
 
 
 def _certain(run: Callable[[], list[Leaves]]) -> list[Leaves]:
