@@ -187,6 +187,7 @@ def verify(
     except NothingCompared as nothing:
         return Verification(False, math.inf, math.inf, math.inf, max(1, trials), str(nothing))
     assert drawn is not None
+    drawn.forget_small()
     right, _, _ = as_runnable(candidate, args, kwargs)
     own = original_run(right, captured)
     right64, limit = candidate64(candidate, captured, drawn, left_args, left_kwargs)

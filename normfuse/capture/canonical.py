@@ -178,7 +178,7 @@ class _Builder:
             low, high = _as_int(bounds.lower, 0), _as_int(bounds.upper, 2**62)
             # Torch assumes "at least 2" of every free size. A batch of one is tried by verification; other sizes keep it.
             is_batch = any(leaf.sizes and leaf.sizes[0] == str(symbol) for leaf in self.leaves)
-            ranges[str(symbol)] = (1 if is_batch and low <= 2 else low, high)
+            ranges[str(symbol)] = (1 if is_batch and low == 2 else low, high)
         assert spec.in_spec is not None
         assert spec.out_spec is not None
         free = {str(size) for leaf in self.leaves for size in leaf.sizes if isinstance(size, str)}

@@ -21,7 +21,7 @@ _LARGE = 1 << 18  # elements: weights above this are computed in blocks of rows
 _KEEP = 1 << 16  # elements: computed weights below this are kept for their next reader
 
 
-_SPENT = 1 << 19  # elements: after so much has been promoted, freed memory is given back
+_SPENT = 1 << 22  # elements: after so much has been promoted, freed memory is given back
 
 
 _ROWWISE_POINTWISE = (

@@ -15,7 +15,6 @@ Leaves = list[Any]
 _IMAGE_RANK = 4
 _LONGEST = 8  # a sequence of this length shows as much as a longer one and costs less memory
 _IMAGE = (128, 96)  # halved five times, an image of this size still has a border and an inside
-_LEAST = 2  # every so many trials, sizes of one are tried
 
 
 def excerpt(signature: Signature, example: Leaves) -> Leaves | None:
@@ -24,10 +23,13 @@ def excerpt(signature: Signature, example: Leaves) -> Leaves | None:
     return part if part is not None and 2 * _numel(part) <= _numel(example) else None
 
 
-def empty(signature: Signature, example: Leaves) -> Leaves | None:
-    """The example without one entry in its batch, where that is a size of its own."""
-    batch = _batch(signature)
-    return _with_sizes(signature, example, dict.fromkeys(batch, 0)) if len(batch) == 1 else None
+def least(signature: Signature, example: Leaves) -> Iterator[tuple[set[str], Leaves]]:
+    """The free sizes that are few, and the example with so few: a sequence of one, then an empty batch."""
+    short = _sizes(signature, example).keys() - _batch(signature) - _images(signature)
+    if short:
+        yield short, _with_sizes(signature, example, dict.fromkeys(short, 1))
+    if len(batch := _batch(signature)) == 1:
+        yield batch, _with_sizes(signature, example, dict.fromkeys(batch, 0))
 
 
 def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
@@ -41,17 +43,8 @@ def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], boo
             yield found
         else:
             bold = False  # what the model refuses once it is not asked again
-            yield next(_accepted(signature, drawn, trial, accepts), drawn)
-
-
-def _accepted(
-    signature: Signature, leaves: Leaves, trial: int, accepts: Callable[[Leaves], bool]
-) -> Iterator[Leaves]:
-    """The leaves at other sizes, the boldest first, that the model takes."""
-    for least in (True, False) if trial % _LEAST == 0 else (False,):
-        resized = _resized(signature, leaves, trial, least=least)
-        if resized is not None and accepts(resized):
-            yield resized
+            resized = _resized(signature, drawn, shrink=trial)
+            yield resized if resized is not None and accepts(resized) else drawn
 
 
 def _flipped(
@@ -66,8 +59,8 @@ def _flipped(
     if not any(_is_constant_integer(given) for given in example):
         return None
     flipped = [_flip(g, d, generator) for g, d in zip(example, drawn, strict=True)]
-    resized = next(_accepted(signature, flipped, trial, accepts), None)
-    return resized if resized is not None else flipped if accepts(flipped) else None
+    resized = _resized(signature, flipped, shrink=trial)
+    return next((leaves for leaves in (resized, flipped) if leaves is not None and accepts(leaves)), None)
 
 
 def _redraw(given: Any, generator: torch.Generator) -> Any:
@@ -118,7 +111,7 @@ def _flip(given: Any, drawn: Any, generator: torch.Generator) -> Any:
     return flipped.to(given.dtype).to(given.device)
 
 
-def _resized(signature: Signature, leaves: Leaves, shrink: int, *, least: bool = False) -> Leaves | None:
+def _resized(signature: Signature, leaves: Leaves, shrink: int) -> Leaves | None:
     """Other sizes wherever they are free: a batch of one (or two), any other size smaller (no table forbids that)."""
     sizes = _sizes(signature, leaves)
     if not sizes:
@@ -131,7 +124,7 @@ def _resized(signature: Signature, leaves: Leaves, shrink: int, *, least: bool =
         elif name in images:
             wanted[name] = min(size, _IMAGE[0] if shrink == 0 else _IMAGE[1])
         else:
-            wanted[name] = 1 if least else min(size, max(2, min(_LONGEST, size) - shrink))
+            wanted[name] = min(size, max(2, min(_LONGEST, size) - shrink))
     return _with_sizes(signature, leaves, wanted)
 
 

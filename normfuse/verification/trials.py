@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from normfuse.errors import VerificationError
 from normfuse.evaluate.float64 import run_float64
 from normfuse.graph.program import Program
-from normfuse.graph.signature import Signature
 from normfuse.lower.torch import fastest, graph_module
-from normfuse.verification.inputs import draws, empty, excerpt
+from normfuse.verification.inputs import draws, excerpt, least
 from normfuse.verification.numerics import (
     EXACT,
     RATIO,
@@ -66,7 +65,7 @@ class Trials:
     original: list[Leaves] = field(default_factory=list[Leaves])
     whole: list[Leaves] = field(default_factory=list[Leaves])
     whole_original: list[Leaves] = field(default_factory=list[Leaves])
-    """The example as it is, where a part of it stands among `inputs`: compared in the model's own dtype."""
+    """Compared in the model's own dtype: the example, where a part of it stands among `inputs`, and very small ones."""
     _sensitivity: list[float] | None = None
 
     def draw(self, count: int) -> None:
@@ -86,12 +85,12 @@ class Trials:
             differences = relative_error(got, self.whole_original)
         except Mismatch as mismatch:
             return replace(verdict, equivalent=False, reason=f"on the whole example, {mismatch}")
-        if any(d > u for d, u in zip(differences, self._allowed(), strict=True)):
+        if any(d > u for d, u in zip(differences, self.allowed(), strict=True)):
             self._settle_the_whole()
             return self.judge(error64, candidate, limit64)
         return replace(verdict, max_abs_error=max(verdict.max_abs_error, max_abs_error(got, self.whole_original)))
 
-    def _allowed(self) -> list[float]:
+    def allowed(self) -> list[float]:
         """How far two results may be apart that are each as good as they may be: one unit and `RATIO` units.
 
         The unit is that of the smaller trials; what is further apart is measured in float64 before it is judged.
@@ -115,7 +114,7 @@ class Trials:
             differences = relative_error(captured(self.whole), self.whole_original)
         except Mismatch as mismatch:
             return replace(verdict, equivalent=False, reason=f"on the whole example, {mismatch}")
-        if any(d > u for d, u in zip(differences, self._allowed(), strict=True)):
+        if any(d > u for d, u in zip(differences, self.allowed(), strict=True)):
             self._settle_the_whole()
             return self.judge_capture(captured)
         return verdict
@@ -163,6 +162,11 @@ class Trials:
                 return order[:count]
         return order
 
+    def forget_small(self) -> None:
+        """No sequence of one and no empty batch: what a model of somebody else's does with them is its own business."""
+        kept = [i for i, leaves in enumerate(self.whole) if _size(leaves) >= _size(self.inputs[0])]
+        self.whole, self.whole_original = [self.whole[i] for i in kept], [self.whole_original[i] for i in kept]
+
     def notes(self) -> tuple[str, ...]:
         """What every trial had in common."""
         if len(self.inputs) < 2:
@@ -195,23 +199,13 @@ def _numbers(outputs: Sequence[Leaves]) -> list[int]:
 def make_trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
     """Draw inputs and run the original on them, in its own dtype and (its captured program) in float64.
 
-    Sizes of one and none that the model takes, and the captured program too, are the program's from then on.
+    A sequence of one and an empty batch, where the model takes them and the captured program does the same, are allowed
+    from then on: torch assumes "at least 2" of every free size, but seldom relies on it.
     Raises `NothingCompared` if that gives no number, another `VerificationError` if capture itself has changed the function.
     """
-    strict = captured.signature
-    captured.signature = _down_to_one(strict)
-    try:
-        trials = _trials(captured, original, example, count)
-    except NothingCompared:
-        raise
-    except VerificationError:
-        if captured.signature == strict:
-            raise
-        captured.signature = strict
-        trials = _trials(captured, original, example, count)
-    else:
-        captured.signature = _as_seen(strict, captured.signature, trials.inputs)
-    _try_none(trials, example)
+    trials = _trials(captured, original, example, count)
+    for names, leaves in least(captured.signature, example):
+        _try_few(trials, names, leaves)
     return trials
 
 
@@ -251,42 +245,24 @@ def _trials(captured: Program, original: Run, example: Leaves, count: int) -> Tr
     return trials
 
 
-def _down_to_one(signature: Signature) -> Signature:
-    """Torch assumes "at least 2" of every free size, but seldom relies on it: let sizes of one be tried."""
-    free = {size for leaf in signature.leaves for size in leaf.sizes if isinstance(size, str)}
-    lows = {name: (1, high) for name, (low, high) in signature.ranges.items() if name in free and low == 2}
-    return replace(signature, ranges={**signature.ranges, **lows})
-
-
-def _as_seen(strict: Signature, relaxed: Signature, inputs: Sequence[Leaves]) -> Signature:
-    """Sizes of one stay allowed where a trial had them."""
-    seen = {
-        size
-        for leaves in inputs
-        for leaf, given in zip(strict.leaves, leaves, strict=True)
-        for axis, size in enumerate(leaf.sizes)
-        if isinstance(size, str) and given.shape[axis] == 1
-    }
-    return replace(strict, ranges={name: (relaxed if name in seen else strict).ranges[name] for name in strict.ranges})
-
-
-def _try_none(trials: Trials, example: Leaves) -> None:
-    """An empty batch, where the model takes one and the captured program gives the same."""
-    leaves = empty(trials.captured.signature, example)
-    if leaves is None:
-        return
+def _try_few(trials: Trials, names: set[str], leaves: Leaves) -> None:
+    signature = trials.captured.signature
+    few = min((given.shape[axis] for given, leaf in zip(leaves, signature.leaves, strict=True)
+               for axis, name in enumerate(leaf.sizes) if name in names), default=0)  # fmt: skip
+    known = {name: signature.ranges.get(name, (few + 1, 2**62)) for name in names}
+    if any(low != few + 1 for low, _ in known.values()):
+        return  # allowed already, or forbidden by whoever captured the model
     try:
         wanted = trials.run(leaves)
-        relative_error(run_native(trials.captured, [leaves]), [wanted])
+        differences = relative_error(run_native(trials.captured, [leaves]), [wanted])
     except Exception:
-        return  # the model's own limit, or the captured program's: sizes begin at one
-    signature = trials.captured.signature
-    [name] = {leaf.sizes[0] for leaf in signature.leaves if leaf.sizes and isinstance(leaf.sizes[0], str)}
-    low, high = signature.ranges.get(str(name), (1, 2**62))
-    if low <= 1:
-        trials.captured.signature = replace(signature, ranges={**signature.ranges, str(name): (0, high)})
-        trials.whole.append(leaves)
-        trials.whole_original.append(wanted)
+        return  # the model's own limit, or the captured program's
+    if any(d > u for d, u in zip(differences, trials.allowed(), strict=True)):
+        return
+    lower = {name: (few, high) for name, (_, high) in known.items()}
+    trials.captured.signature = replace(signature, ranges={**signature.ranges, **lower})
+    trials.whole.append(leaves)
+    trials.whole_original.append(wanted)
 
 
 def _certain(run: Callable[[], list[Leaves]]) -> list[Leaves]:
