@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.lower.onnx.run import runtime
+from normfuse.lower.onnx.run import session
 from tests.zoo.hugging_face import HUGGING_FACE
 
 from . import runs as onnx_runs
@@ -73,9 +73,9 @@ def test_results_are_their_own_memory(mixed) -> None:
 
 def test_tensors_are_shared_not_copied() -> None:
     for tensor in (torch.randn(4, 3), torch.ones(5, dtype=torch.bool), torch.arange(4), torch.randn(3).bfloat16()):
-        given = runtime.to_ort(tensor)
+        given = session.to_ort(tensor)
         assert given.data_ptr() == tensor.data_ptr()
-        assert torch.equal(runtime.from_ort(given), tensor)
+        assert torch.equal(session.from_ort(given), tensor)
 
 
 def test_calls_from_several_threads_do_not_mix(mixed) -> None:
