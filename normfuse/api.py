@@ -20,7 +20,7 @@ from normfuse.optimized.compare import candidate64
 from normfuse.optimized.module import Optimized
 from normfuse.pipeline.run import Pipeline, detached
 from normfuse.pipeline.select import select
-from normfuse.pipeline.subject import Model, as_runnable, capture_and_try, model_name
+from normfuse.pipeline.subject import Model, as_runnable, capture_and_try, example_leaves, model_name
 from normfuse.progress import say
 from normfuse.report import Report
 from normfuse.report.books import report_of
@@ -60,7 +60,8 @@ def optimize(
     `"inductor"`, `"onnxruntime"` (or `"onnxruntime:<provider>"`), or `"auto"`, the fastest of them on the example inputs.
     `model` is not changed; weights that no pass touches are shared with it.
 
-    Raises `CaptureError`, `PassError`, `LoweringError`; `VerificationError` if the model cannot be verified at all.
+    Raises `CaptureError`, `PassError`; `LoweringError` for a backend that is not there or cannot be called on the example;
+    `VerificationError` if the model cannot be verified at all.
     """
     started = time.perf_counter()
     check_backend(backend)
@@ -73,6 +74,10 @@ def optimize(
     optimized = Optimized(result.baked, report, ledger=detached(result.unbaked), backend=backend)
     if backend == "auto":
         _take_fastest(optimized, model, args, kwargs)
+    elif backend != "torch":  # what plain torch runs, verification has run
+        leaves = example_leaves(optimized.program, model, args, kwargs)
+        if leaves is not None:
+            optimized.call_once(leaves)
     report.seconds = result.seconds | {"lower": time.perf_counter() - lowering}
     report.seconds["total"] = time.perf_counter() - started
     return optimized
@@ -85,7 +90,7 @@ def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any) ->
     original = original_run(runnable, optimized.program)
     chosen = choose(optimized.program, lambda *given: original(list(given)), leaves)
     optimized.run_with(chosen.run, "torch" if chosen.backend == "original" else chosen.backend)
-    optimized.report.notes.append(str(chosen))
+    optimized.report.notes += chosen.notes()
 
 
 def optimize_flat(

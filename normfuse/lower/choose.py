@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 
-from normfuse.errors import LoweringError
+from normfuse.errors import LoweringError, NormfuseError
 from normfuse.graph.program import Program
 from normfuse.lower.torch import fastest, graph_module
 
@@ -35,7 +36,37 @@ def check_backend(backend: str) -> None:
 
 
 def executable(program: Program, backend: str) -> Run:
-    """The program made ready to run on flat leaves, for the device that its tensors are on now."""
+    """The program made ready to run on flat leaves, for the device that its tensors are on now.
+
+    Raises `LoweringError` where that cannot be done.
+    """
+    with _told(f"backend {backend!r} cannot take this model"):
+        return _executable(program, backend)
+
+
+def call_once(run: Run, backend: str, leaves: Sequence[Any]) -> None:
+    """What cannot be called says so now, by a `LoweringError`, and not to the first user."""
+    with _told(f"backend {backend!r} cannot be called here"), torch.no_grad():
+        run(*leaves)
+
+
+@contextmanager
+def _told(what: str) -> Generator[None]:
+    try:
+        yield
+    except NormfuseError:
+        raise
+    except Exception as error:
+        raise LoweringError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; its type where the message is not ours."""
+    said = " ".join(str(error).split())[:300]
+    return said if isinstance(error, NormfuseError) else f"{type(error).__name__}: {said}"
+
+
+def _executable(program: Program, backend: str) -> Run:
     kind, _, provider = backend.partition(":")
     if kind == "onnxruntime":
         from normfuse.lower.onnx.run.runtime import Runtime
@@ -57,8 +88,11 @@ class Chosen:
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {1e3 * took:.2f} ms" for name, took in sorted(self.seconds.items(), key=lambda i: i[1]))
-        failed = "".join(f"; {name} does not apply: {reason}" for name, reason in self.failures.items())
-        return f"fastest on the example: {self.backend} ({times}){failed}"
+        return f"fastest on the example: {self.backend} ({times})"
+
+    def notes(self) -> list[str]:
+        """For the report: what was measured, and of each backend that was left out the reason."""
+        return [str(self), *(f"backend {name!r} was left out: {reason}" for name, reason in self.failures.items())]
 
 
 def choose(program: Program, original: Run, leaves: Sequence[Any]) -> Chosen:
@@ -72,7 +106,7 @@ def choose(program: Program, original: Run, leaves: Sequence[Any]) -> Chosen:
             runs[backend] = executable(program, backend)
             seconds[backend] = _measure(runs[backend], leaves)
         except Exception as error:  # a backend that cannot run this model is no candidate, whatever its reason
-            failures[backend] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            failures[backend] = _reason(error)
     best = min(seconds, key=seconds.__getitem__)
     return Chosen(best, runs[best], seconds, failures)
 

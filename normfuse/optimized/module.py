@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from normfuse.capture.export import capture
 from normfuse.graph.program import Program
-from normfuse.lower.choose import Run, executable
+from normfuse.lower.choose import Run, call_once, executable
 from normfuse.lower.torch import graph_module, plain
 from normfuse.ops.tracing import TRACING
 from normfuse.optimized.archive import conditions_of, load_exported, save, signature_of
@@ -59,6 +60,10 @@ class Optimized(nn.Module):
                 here = {name: t for name, t in self.tensors().items() if name in self.program.tensors}
                 self.__dict__["_run"] = executable(dataclasses.replace(self.program, tensors=here), self.backend)
             return self.__dict__["_run"]
+
+    def call_once(self, leaves: Sequence[Any]) -> None:
+        """Make the executable and call it on these. Raises `LoweringError` with the reason where it cannot be."""
+        call_once(self._lower(), self.backend, leaves)
 
     def run_with(self, run: Run, backend: str) -> None:
         """Run by this executable until the weights move; after that by `backend`."""
