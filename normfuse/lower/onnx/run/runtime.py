@@ -15,6 +15,9 @@ from normfuse.errors import LoweringError
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import CPU, Choice
 from normfuse.lower.onnx.file.write import build, check_request
+from normfuse.lower.onnx.form import check_tensors, onnx_target
+from normfuse.lower.target import settled
+from normfuse.rewrite.record import FiringKey, Log
 
 DEFAULT_PROVIDER = CPU
 _SHARED = 1024
@@ -52,10 +55,21 @@ def check_provider(provider: str = "") -> str:
 class Runtime:
     """A program as an onnxruntime session: flat leaves in, flat leaves out. Calls from several threads may overlap."""
 
-    def __init__(self, program: Program, provider: str = "") -> None:
+    def __init__(
+        self,
+        program: Program,
+        provider: str = "",
+        *,
+        lowered: bool = False,
+        excluded: frozenset[FiringKey] = frozenset(),
+    ) -> None:
+        """`lowered`: the program is a baked form already. `excluded`: lowering firings that are known to be wrong."""
         self.provider = check_provider(provider)
         self.choice = Choice("onnxruntime", check_request("onnxruntime", None), self.provider)
-        model, self.seconds = build(program, self.choice)
+        if not lowered:
+            check_tensors(program)
+            program = settled(onnx_target(self.choice).form(program, Log(excluded=excluded)))
+        model = build(program, self.choice)
         self._inputs = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
         self._outputs = _places(program)
         self.session = self._session(model)
