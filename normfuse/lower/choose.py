@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from threading import Lock
 from typing import Any
@@ -13,9 +13,10 @@ import torch
 
 from normfuse.errors import LoweringError
 from normfuse.graph.program import Program
-from normfuse.lower.torch import fastest, graph_module
+from normfuse.lower.target import Run, Target
+from normfuse.lower.torch import device_of, fastest, graph_module, torch_target
+from normfuse.rewrite.record import FiringKey
 
-Run = Callable[..., Sequence[Any]]
 LOWERING = Lock()
 """Held while a program is made ready: tracing is not for several threads, running is."""
 
@@ -37,16 +38,31 @@ def check_backend(backend: str) -> None:
         check_provider(provider)
 
 
-def executable(program: Program, backend: str) -> Run:
+def executable(program: Program, backend: str, excluded: frozenset[FiringKey] = frozenset()) -> Run:
     """The program made ready to run on flat leaves, for the device that its tensors are on now."""
     kind, _, provider = backend.partition(":")
     if kind == "onnxruntime":
         from normfuse.lower.onnx.run.runtime import Runtime
 
-        return Runtime(program, provider)
-    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
-    module = graph_module(fastest(program, device))
+        return Runtime(program, provider, excluded=excluded)
+    module = graph_module(fastest(program, device_of(program), excluded))
     return torch.compile(module) if kind == "inductor" else module
+
+
+def target_of(backend: str, program: Program) -> Target:
+    """What the backend lowers to, for the device that the program's tensors are on."""
+    kind, _, provider = backend.partition(":")
+    if kind == "onnxruntime":
+        from normfuse.lower.onnx.run.runtime import runtime_target
+
+        return runtime_target(provider)
+    target = torch_target(device_of(program))
+    return replace(target, name=kind, executable=_compiled) if kind == "inductor" else target
+
+
+def _compiled(form: Program) -> Run:
+    run: Run = torch.compile(graph_module(form))
+    return run
 
 
 @dataclass(frozen=True)
@@ -64,15 +80,18 @@ class Chosen:
         return f"fastest on the example: {self.backend} ({times}){failed}"
 
 
-def choose(program: Program, original: Run, leaves: Sequence[Any]) -> Chosen:
-    """Measure every backend and the model itself ("original") on the example inputs; the original stays if it is fastest."""
+def choose(make: Callable[[str], Run], original: Run, leaves: Sequence[Any]) -> Chosen:
+    """Measure every backend, as `make` makes it run, and the model itself ("original") on the example inputs.
+
+    The original stays if it is fastest. A backend that `make` refuses, or that cannot be called, is told with the reason.
+    """
     runs: dict[str, Run] = {"original": original}
     failures: dict[str, str] = {}
     seconds = {"original": _measure(original, leaves)}
     for backend in ("torch", "onnxruntime", "inductor"):
         try:
             check_backend(backend)
-            runs[backend] = executable(program, backend)
+            runs[backend] = make(backend)
             seconds[backend] = _measure(runs[backend], leaves)
         except Exception as error:  # a backend that cannot run this model is no candidate, whatever its reason
             failures[backend] = (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 
 from normfuse.capture.export import capture
@@ -59,6 +60,17 @@ def _trials(model: Model, captured: Program, args: Any, kwargs: Any, count: int)
     runnable, args, kwargs = as_runnable(model, args, kwargs)
     example = captured.signature.flatten(tuple(args), kwargs or {})
     return make_trials(captured, original_run(runnable, captured), example, count)
+
+
+def example_leaves(program: Program, model: Model, args: Any, kwargs: Any) -> list[Any] | None:
+    """The example inputs as the program takes them; None where there are none that could be computed with."""
+    if isinstance(model, ExportedProgram) and not args and not kwargs:
+        if model.example_inputs is None:
+            return None
+        args, kwargs = model.example_inputs
+    leaves = program.signature.flatten(tuple(args), kwargs or {})
+    tensors = (t for t in (*leaves, *program.tensors.values()) if isinstance(t, torch.Tensor))
+    return None if any(t.is_meta or isinstance(t, FakeTensor) for t in tensors) else leaves
 
 
 def as_runnable(model: Model, args: Any, kwargs: Any) -> tuple[nn.Module, Any, Any]:

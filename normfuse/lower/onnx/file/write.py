@@ -11,8 +11,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from normfuse.lower.onnx.file.names import CONDITIONS, axis_names, name_values
 from normfuse.lower.onnx.file.translations import translations
 from normfuse.lower.onnx.form import check_tensors, onnx_target
 from normfuse.lower.target import settled
-from normfuse.rewrite.record import Log
+from normfuse.rewrite.record import Log, Refusal
 from normfuse.show.page import Column, Page, Section
 
 TARGETS = ("onnxruntime", "onnx")
@@ -44,6 +44,9 @@ class OnnxReport:
     """What was written: where, for which target, which operators how often, and how it is called.
 
     `conditions` must hold of the sizes: with others the model would have taken another branch. A file cannot check them.
+    `error_float64` is the relative error of what the file was printed from, in float64; `error_ratio` that of the file
+    itself, run in onnxruntime, in units of the original's own: of the model, or of what `compared_with` says. What was not
+    measured is None, and `not_verified` says why.
     """
 
     path: Path
@@ -57,6 +60,11 @@ class OnnxReport:
     decisions: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    error_float64: float | None = None
+    error_ratio: float | None = None
+    not_verified: str = "nobody asked for it"
+    compared_with: str = ""
+    rolled_back: tuple[Refusal, ...] = ()
 
     def count(self, operator: str) -> int:
         """How many nodes of this operator type, whatever its domain."""
@@ -75,7 +83,20 @@ class OnnxReport:
             "decisions": list(self.decisions),
             "conditions": list(self.conditions),
             "seconds": dict(self.seconds),
+            "error_float64": self.error_float64,
+            "error_ratio": self.error_ratio,
+            "not_verified": self.not_verified,
+            "compared_with": self.compared_with,
+            "rolled_back": [asdict(r) for r in self.rolled_back],
         }
+
+    def _verified(self) -> str:
+        said = [] if self.error_float64 is None else [f"relative error {self.error_float64:.1e} in float64"]
+        if self.error_ratio is not None:
+            said.append(f"the file {self.error_ratio:.2f} of the original's own error")
+        if said and self.compared_with:
+            said.append(f"compared with {self.compared_with}")
+        return ", ".join([*said, *([f"not run: {self.not_verified}"] if self.not_verified else [])])
 
     def __str__(self) -> str:
         from normfuse.show.terminal import render
@@ -93,6 +114,8 @@ class OnnxReport:
             *(("right where", condition) for condition in self.conditions),
             ("operators", ", ".join(f"{name} {count}" for name, count in often)),
             *(("choice", decision) for decision in self.decisions),
+            *(("rolled back", f"{r.pass_name} at {r.site}: {r.reason}") for r in self.rolled_back),
+            ("verified", self._verified()),
             ("size", f"{self.bytes / 1e6:.1f} MB{weights}"),
             ("seconds", ", ".join(f"{name} {took:.2f}" for name, took in self.seconds.items())),
         )
@@ -131,12 +154,13 @@ def write_form(
     report: Any = None,
     check: bool = True,
     seconds: Mapping[str, float] | None = None,
+    prove: Callable[[Path], None] | None = None,
 ) -> OnnxReport:
-    """Write a program that is lowered and baked; the rest as `write_onnx`."""
+    """Write a program that is lowered and baked, as `write_onnx` does. `prove` sees the file before it is in its place."""
     started = time.perf_counter()
     model = build(form, choice, decisions, report)
     middle = time.perf_counter()
-    external = save(model, Path(path), check=check)
+    external = save(model, Path(path), check=check, prove=prove)
     took = {**(seconds or {}), "export": middle - started, "write": time.perf_counter() - middle}
     return _report(model, Path(path), choice, decisions, external, took)
 
@@ -272,7 +296,7 @@ def _summary(report: Any) -> dict[str, Any]:
 # -- files
 
 
-def save(model: Any, place: Path, *, check: bool) -> Path | None:
+def save(model: Any, place: Path, *, check: bool, prove: Callable[[Path], None] | None = None) -> Path | None:
     """Write model and weights into a folder beside the place, check them there, then move both; the weights' file if any."""
     import onnx_ir as ir
 
@@ -289,6 +313,8 @@ def save(model: Any, place: Path, *, check: bool) -> Path | None:
         ir.save(model, beside, external_data=data)
         if check:
             _check(beside)
+        if prove:
+            prove(beside)
         return _move_in(workshop, place, data)
     except OSError as problem:
         raise LoweringError(f"cannot write {place}: {problem.strerror or problem}") from None

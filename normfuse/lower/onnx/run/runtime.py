@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -16,7 +17,7 @@ from normfuse.graph.program import Program
 from normfuse.lower.decisions import CPU, Choice
 from normfuse.lower.onnx.file.write import build, check_request
 from normfuse.lower.onnx.form import check_tensors, onnx_target
-from normfuse.lower.target import settled
+from normfuse.lower.target import Target, settled
 from normfuse.rewrite.record import FiringKey, Log
 
 DEFAULT_PROVIDER = CPU
@@ -71,7 +72,7 @@ class Runtime:
             program = settled(onnx_target(self.choice).form(program, Log(excluded=excluded)))
         model = build(program, self.choice)
         self._inputs = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
-        self._outputs = _places(program)
+        self._outputs = result_places(program)
         self.session = self._session(model)
         self._input_names = [str(i.name) for i in self.session.get_inputs()]
         self._output_names = [str(o.name) for o in self.session.get_outputs()]
@@ -119,7 +120,13 @@ class Runtime:
         return [item if place is None else from_ort(results[place]) for place, item in self._outputs]
 
 
-def _places(program: Program) -> list[tuple[int | None, Any]]:
+def runtime_target(provider: str = "") -> Target:
+    """ONNX for onnxruntime on this provider, run in a session."""
+    choice = Choice("onnxruntime", check_request("onnxruntime", None), check_provider(provider))
+    return replace(onnx_target(choice), executable=lambda form: Runtime(form, choice.provider, lowered=True))
+
+
+def result_places(program: Program) -> list[tuple[int | None, Any]]:
     """For each output leaf its place among the session's results, or the constant that it is."""
     places: list[tuple[int | None, Any]] = []
     count = 0
