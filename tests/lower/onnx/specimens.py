@@ -52,7 +52,8 @@ class Words(nn.Module):
         x = x + self.narrow(F.gelu(self.wide(x)))
         x = torch.addmm(self.bias, x.view(-1, CHANNELS), self.flat).view(b, n, CHANNELS)
         x = F.relu(x.permute(0, 2, 1).permute(0, 2, 1) + 1)
-        return self.last(x * F.silu(x + 2)), x, x
+        gated = x * F.silu(x + 2)
+        return self.last(gated), gated, x, x
 
 
 class Rows(nn.Module):
