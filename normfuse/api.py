@@ -65,7 +65,8 @@ def optimize(
     `"inductor"`, `"onnxruntime"` (or `"onnxruntime:<provider>"`), or `"auto"`, the fastest of them on the example inputs.
     `model` is not changed; weights that no pass touches are shared with it.
 
-    Raises `CaptureError`, `PassError`, `LoweringError`; `VerificationError` if the model cannot be verified at all.
+    Raises `CaptureError`, `PassError`; `LoweringError` for a backend that is not there or cannot be called on the example;
+    `VerificationError` if the model cannot be verified at all.
     """
     started = time.perf_counter()
     check_backend(backend)
@@ -89,6 +90,8 @@ def optimize(
         _take_fastest(optimized, model, args, kwargs, lambda each: _ready(optimized, result.unbaked, each, trials))
     elif backend != "torch" and trials is not None:  # what plain torch runs, verification has run
         optimized.run_with(_ready(optimized, result.unbaked, backend, trials), backend)
+    elif backend != "torch" and example is not None:
+        optimized.call_once(example)
     report.seconds = result.seconds | {"lower": time.perf_counter() - lowering}
     report.seconds["total"] = time.perf_counter() - started
     return optimized
@@ -110,7 +113,7 @@ def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any, ma
     original = original_run(runnable, optimized.program)
     chosen = choose(make, lambda *given: original(list(given)), leaves)
     optimized.run_with(chosen.run, "torch" if chosen.backend == "original" else chosen.backend)
-    optimized.report.notes.append(str(chosen))
+    optimized.report.notes += chosen.notes()
 
 
 def optimize_flat(

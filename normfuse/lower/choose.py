@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import median
 from threading import Lock
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from normfuse.errors import LoweringError
+from normfuse.errors import LoweringError, NormfuseError
 from normfuse.graph.program import Program
 from normfuse.lower.target import Run, Target
 from normfuse.lower.torch import device_of, fastest, graph_module, torch_target
@@ -39,7 +40,38 @@ def check_backend(backend: str) -> None:
 
 
 def executable(program: Program, backend: str, excluded: frozenset[FiringKey] = frozenset()) -> Run:
-    """The program made ready to run on flat leaves, for the device that its tensors are on now."""
+    """The program made ready to run on flat leaves, for the device that its tensors are on now.
+
+    Raises `LoweringError` where that cannot be done.
+    """
+    with refusing(f"backend {backend!r} cannot take this model"):
+        return _executable(program, backend, excluded)
+
+
+def call_once(run: Run, backend: str, leaves: Sequence[Any]) -> None:
+    """What cannot be called says so now, by a `LoweringError`, and not to the first user."""
+    with refusing(f"backend {backend!r} cannot be called here"), torch.no_grad():
+        run(*leaves)
+
+
+@contextmanager
+def refusing(what: str) -> Generator[None]:
+    """Whatever goes wrong is a `LoweringError` that says this."""
+    try:
+        yield
+    except NormfuseError:
+        raise
+    except Exception as error:
+        raise LoweringError(f"{what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line; its type where the message is not ours."""
+    said = " ".join(str(error).split())[:300]
+    return said if isinstance(error, NormfuseError) else f"{type(error).__name__}: {said}"
+
+
+def _executable(program: Program, backend: str, excluded: frozenset[FiringKey]) -> Run:
     kind, _, provider = backend.partition(":")
     if kind == "onnxruntime":
         from normfuse.lower.onnx.run.runtime import Runtime
@@ -76,8 +108,11 @@ class Chosen:
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {1e3 * took:.2f} ms" for name, took in sorted(self.seconds.items(), key=lambda i: i[1]))
-        failed = "".join(f"; {name} does not apply: {reason}" for name, reason in self.failures.items())
-        return f"fastest on the example: {self.backend} ({times}){failed}"
+        return f"fastest on the example: {self.backend} ({times})"
+
+    def notes(self) -> list[str]:
+        """For the report: what was measured, and of each backend that was left out the reason."""
+        return [str(self), *(f"backend {name!r} was left out: {reason}" for name, reason in self.failures.items())]
 
 
 def choose(make: Callable[[str], Run], original: Run, leaves: Sequence[Any]) -> Chosen:
@@ -94,7 +129,7 @@ def choose(make: Callable[[str], Run], original: Run, leaves: Sequence[Any]) -> 
             runs[backend] = make(backend)
             seconds[backend] = _measure(runs[backend], leaves)
         except Exception as error:  # a backend that cannot run this model is no candidate, whatever its reason
-            failures[backend] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            failures[backend] = _reason(error)
     best = min(seconds, key=seconds.__getitem__)
     return Chosen(best, runs[best], seconds, failures)
 

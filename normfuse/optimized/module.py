@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from normfuse.capture.export import capture
 from normfuse.graph.program import Program
-from normfuse.lower.choose import LOWERING, Run, executable
+from normfuse.lower.choose import LOWERING, Run, call_once, executable
 from normfuse.lower.torch import graph_module, plain
 from normfuse.optimized.archive import conditions_of, load_exported, save, signature_of
 from normfuse.pipeline.source import Source, state_of
@@ -72,6 +73,10 @@ class Optimized(nn.Module):
                     dataclasses.replace(self.program, tensors=here), self.backend, self.excluded
                 )
             return self.__dict__["_run"]
+
+    def call_once(self, leaves: Sequence[Any]) -> None:
+        """Make the executable and call it on these. Raises `LoweringError` with the reason where it cannot be."""
+        call_once(self._lower(), self.backend, leaves)
 
     def run_with(self, run: Run, backend: str) -> None:
         """Run by this executable until the weights move; after that by `backend`."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from normfuse.errors import LoweringError, NormfuseError, VerificationError
+from normfuse.errors import LoweringError, VerificationError
 from normfuse.graph.program import Program
-from normfuse.lower.choose import target_of
+from normfuse.lower.choose import refusing, target_of
 from normfuse.lower.target import Run, Target, settled
 from normfuse.pipeline.check import check64
 from normfuse.rewrite.record import FiringKey, Log, Refusal
@@ -65,14 +65,10 @@ def ready(
     target = target_of(backend, program)
     lowered = lower(program, target, trials, excluded)
     assert target.executable is not None
-    try:
+    with refusing(f"backend {backend!r} cannot take this model"):
         run = target.executable(lowered.form)
+    with refusing(f"backend {backend!r} cannot be called here"):
         verdict = trials and judged(partial(_called, run), trials, lowered.error64 or 0.0)
-    except NormfuseError:
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise LoweringError(f"backend {backend!r} cannot run this model: {type(error).__name__}: {said}") from error
     if verdict is not None and not verdict:
         raise LoweringError(f"backend {backend!r} does not compute what the model does: {verdict.reason}")
     return run, lowered

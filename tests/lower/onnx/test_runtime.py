@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import normfuse
-from normfuse.lower.onnx.run import runtime
+from normfuse.lower import choose
+from normfuse.lower.onnx.run.session import Session
 from tests.zoo.hugging_face import HUGGING_FACE
 
 from . import runs as onnx_runs
@@ -71,20 +72,13 @@ def test_results_are_their_own_memory(mixed) -> None:
     assert torch.equal(optimized(*inputs)["scores"][0], before)
 
 
-def test_tensors_are_shared_not_copied() -> None:
-    for tensor in (torch.randn(4, 3), torch.ones(5, dtype=torch.bool), torch.arange(4), torch.randn(3).bfloat16()):
-        given = runtime.to_ort(tensor)
-        assert given.data_ptr() == tensor.data_ptr()
-        assert torch.equal(runtime.from_ort(given), tensor)
-
-
 def test_calls_from_several_threads_do_not_mix(mixed) -> None:
-    model, optimized, (x, keep) = mixed
+    _, optimized, (x, keep) = mixed
     inputs = [(x + i, keep) for i in range(16)]
+    alone = [optimized(*given)["scores"][0] for given in inputs]
     with ThreadPoolExecutor(8) as pool:
-        results = list(pool.map(lambda given: optimized(*given)["scores"][0], inputs))
-    for given, got in zip(inputs, results, strict=True):
-        torch.testing.assert_close(got, model(*given)["scores"][0])
+        together = list(pool.map(lambda given: optimized(*given)["scores"][0], inputs))
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
 def test_it_can_be_pickled_and_saved(mixed, tmp_path: Path) -> None:
@@ -140,3 +134,65 @@ def test_auto_runs_the_fastest_and_tells_what_it_measured() -> None:
     assert optimized.backend in ("torch", "inductor", "onnxruntime")
     assert any(note.startswith("fastest on the example: ") and "original" in note for note in optimized.report.notes)
     torch.testing.assert_close(optimized(*x)["scores"][0], model(*x)["scores"][0])
+
+
+def _refuses(*_: object) -> list[Tensor]:
+    raise TypeError("from_dlpack(): incompatible function arguments\n  1. (arg0: capsule)")
+
+
+SAID = "TypeError: from_dlpack\\(\\): incompatible function arguments 1. \\(arg0: capsule\\)"
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
+def test_a_backend_that_cannot_be_called_is_told_by_optimize(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "_executable", lambda program, backend: _refuses)
+    with pytest.raises(normfuse.LoweringError, match=f"backend '{backend}' cannot be called here: {SAID}"):
+        normfuse.optimize(nn.LayerNorm(8).eval(), (torch.randn(2, 8),), backend=backend, verify=False)
+
+
+def test_a_runtime_that_changed_its_interface_is_told_by_optimize(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Linear(32, 32).eval(), (torch.randn(2, 32),)
+    monkeypatch.setattr(Session, "__call__", _refuses)
+    with pytest.raises(normfuse.LoweringError, match=r"onnxruntime cannot run the model .*incompatible function arguments"):
+        normfuse.optimize(model, x, backend="onnxruntime", verify=False)
+    monkeypatch.setattr(Session, "__init__", _refuses)
+    with pytest.raises(normfuse.LoweringError, match=f"backend 'onnxruntime' cannot take this model: {SAID}"):
+        normfuse.optimize(model, x, backend="onnxruntime", verify=False)
+
+
+@pytest.fixture
+def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other backends make raises a TypeError when it is called."""
+    made = choose._executable
+    monkeypatch.setattr(choose, "_executable", lambda program, name: made(program, name) if name == "torch" else _refuses)
+
+
+def auto_page() -> str:
+    model, x = nn.LayerNorm(8).eval(), torch.randn(2, 8)
+    optimized = normfuse.optimize(model, (x,), backend="auto", verify=False)
+    torch.testing.assert_close(optimized(x), model(x))
+    assert optimized.backend == "torch"
+    return " ".join(str(optimized.report).split())
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_auto_says_which_contender_failed_and_why() -> None:
+    page = auto_page()
+    for name in ("onnxruntime", "inductor"):
+        assert f"backend '{name}' was left out: TypeError: from_dlpack(): incompatible function arguments" in page
+    assert "fastest on the example" in page
+
+
+@pytest.mark.usefixtures("torch_alone")
+def test_auto_says_that_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "backend 'onnxruntime' was left out: backend 'onnxruntime' needs the package onnxruntime" in auto_page()
+
+
+def test_without_example_inputs_nothing_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    exported = torch.export.export(nn.Linear(4, 4).eval(), (torch.randn(2, 4),))
+    exported.example_inputs = None
+    monkeypatch.setattr(normfuse.Optimized, "call_once", _refuses)
+    optimized = normfuse.optimize(exported, backend="onnxruntime", verify=False)
+    x = torch.randn(2, 4)
+    torch.testing.assert_close(optimized(x), exported.module()(x))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from normfuse.errors import InputError, LoweringError
 from normfuse.graph.conditions import Condition, unmet
 from normfuse.lower.onnx.file.names import CONDITIONS
-from normfuse.lower.onnx.run.runtime import check_provider, first_line, from_ort, session_options, to_ort
+from normfuse.lower.onnx.run.runtime import check_provider, first_line, session_options
+from normfuse.lower.onnx.run.session import Session
 
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -39,27 +40,26 @@ class OnnxFile(nn.Module):
         import onnxruntime
 
         try:
-            self.__dict__["session"] = onnxruntime.InferenceSession(
-                str(self.path), session_options(), providers=[self.provider]
-            )
+            session = onnxruntime.InferenceSession(str(self.path), session_options(), providers=[self.provider])
         except Exception as error:
             raise LoweringError(f"onnxruntime cannot load {self.path}: {first_line(error)}") from error
-        self._inputs = [(str(i.name), str(i.type), tuple(i.shape)) for i in self.__dict__["session"].get_inputs()]
-        metadata = self.__dict__["session"].get_modelmeta().custom_metadata_map
+        self._session = Session(session)
+        self._inputs = self._session.inputs
+        metadata = session.get_modelmeta().custom_metadata_map
         self._conditions = [Condition(text) for text in json.loads(metadata.get(CONDITIONS, "[]"))]
-        self._outputs = [str(o.name) for o in self.__dict__["session"].get_outputs()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OnnxFile, (self.path, self.provider)
 
     def forward(self, *args: Tensor, **kwargs: Tensor) -> dict[str, Tensor]:
         given = self._given(args, kwargs)
-        feeds = {name: to_ort(given[name]) for name, _, _ in self._inputs}
         try:
-            results = self.__dict__["session"].run_with_ort_values(self._outputs, feeds)
+            results = self._session({name: given[name] for name, _, _ in self._inputs})
+        except LoweringError:
+            raise
         except Exception as error:
             raise LoweringError(f"onnxruntime cannot run {self.path.name} on these inputs: {first_line(error)}") from error
-        return {name: from_ort(result) for name, result in zip(self._outputs, results, strict=True)}
+        return dict(zip(self._session.outputs, results, strict=True))
 
     def _given(self, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
         names = [name for name, _, _ in self._inputs]

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from normfuse.graph.program import Program
 from normfuse.lower.onnx.run.runtime import first_line, result_places, session_options
+from normfuse.lower.onnx.run.session import Session
 
 CPU = "CPUExecutionProvider"
 
@@ -32,23 +32,17 @@ def run_file(path: Path, program: Program, trials: Sequence[Sequence[Any]]) -> l
         session = onnxruntime.InferenceSession(str(path), session_options(), providers=[CPU])
     except Exception as error:
         raise NotRun(f"onnxruntime cannot load it: {first_line(error)}") from None
-    names = [str(i.name) for i in session.get_inputs()]
+    run = Session(session)
+    names = [name for name, _, _ in run.inputs]
     tensors = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
     places = result_places(program)
     found: list[list[Any]] = []
     for leaves in trials:
         given = [leaves[place] for place in tensors]
         try:
-            results = session.run(None, {name: _array(t) for name, t in zip(names, given, strict=True)})
+            results = run({name: tensor.cpu() for name, tensor in zip(names, given, strict=True)})
         except Exception as error:
             raise NotRun(f"onnxruntime cannot run it: {first_line(error)}") from None
         device = given[0].device if given else torch.device("cpu")
-        found.append([item if at is None else torch.as_tensor(results[at]).to(device) for at, item in places])
+        found.append([item if at is None else results[at].to(device) for at, item in places])
     return found
-
-
-def _array(tensor: Tensor) -> Any:
-    try:
-        return tensor.detach().cpu().numpy()
-    except TypeError:
-        raise NotRun(f"numpy has no {tensor.dtype}") from None

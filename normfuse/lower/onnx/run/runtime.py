@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import dlpack
 
 from normfuse.errors import LoweringError
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import CPU, Choice
 from normfuse.lower.onnx.file.write import build, check_request
 from normfuse.lower.onnx.form import check_tensors, onnx_target
+from normfuse.lower.onnx.run.session import Session, to_ort
 from normfuse.lower.target import Target, settled
 from normfuse.rewrite.record import FiringKey, Log
 
@@ -73,51 +71,50 @@ class Runtime:
         model = build(program, self.choice)
         self._inputs = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
         self._outputs = result_places(program)
-        self.session = self._session(model)
-        self._input_names = [str(i.name) for i in self.session.get_inputs()]
-        self._output_names = [str(o.name) for o in self.session.get_outputs()]
+        self.session = Session(self._session(model))
+        self._input_names = [name for name, _, _ in self.session.inputs]
 
     def _session(self, model: Any) -> Any:
         import onnx_ir as ir
         import onnxruntime
 
         options = session_options()
-        names, values = self._share_weights(model)
-        options.add_external_initializers(names, values)
+        names, self._weights = _share_weights(model)  # kept: the session has their addresses alone
+        options.add_external_initializers(names, self._weights)
         providers = [self.provider] + ([DEFAULT_PROVIDER] if self.provider != DEFAULT_PROVIDER else [])
         try:
             return onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options, providers=providers)
         except Exception as error:
             raise LoweringError(f"onnxruntime cannot load the model: {first_line(error)}") from error
 
-    def _share_weights(self, model: Any) -> tuple[list[str], list[Any]]:
-        """Take the weights out of the model: the session reads them where they are."""
-        import onnx_ir as ir
-
-        names: list[str] = []
-        values: list[Any] = []
-        for name, initializer in model.graph.initializers.items():
-            weight = initializer.const_value
-            raw = getattr(weight, "raw", None)
-            if not isinstance(raw, Tensor) or weight.nbytes < _SHARED or not raw.is_contiguous():
-                continue
-            shared = to_ort(raw.detach())
-            names.append(name)
-            values.append(shared)
-            initializer.const_value = ir.ExternalTensor(
-                "weights", 0, weight.nbytes, weight.dtype, shape=weight.shape, name=name, base_dir=""
-            )
-        return names, values
-
     def __call__(self, *leaves: Any) -> Sequence[Any]:
         given = [leaves[place] for place in self._inputs]
-        feeds = {name: _shared(tensor) for name, tensor in zip(self._input_names, given, strict=True)}
         try:
-            # The session's own method, and no iteration: each would cost a hundred microseconds a call.
-            results = self.session._sess.run_with_ort_values(feeds, self._output_names, None)
+            results = self.session(dict(zip(self._input_names, given, strict=True)))
+        except LoweringError:
+            raise
         except Exception as error:
             raise LoweringError(f"onnxruntime cannot run the model on these inputs: {first_line(error)}") from error
-        return [item if place is None else from_ort(results[place]) for place, item in self._outputs]
+        return [item if place is None else results[place] for place, item in self._outputs]
+
+
+def _share_weights(model: Any) -> tuple[list[str], list[Any]]:
+    """Take the weights out of the model: the session reads them where they are."""
+    import onnx_ir as ir
+
+    names: list[str] = []
+    values: list[Any] = []
+    for name, initializer in model.graph.initializers.items():
+        weight = initializer.const_value
+        raw = getattr(weight, "raw", None)
+        if not isinstance(raw, Tensor) or weight.nbytes < _SHARED or not raw.is_contiguous():
+            continue
+        names.append(name)
+        values.append(to_ort(raw))
+        initializer.const_value = ir.ExternalTensor(
+            "weights", 0, weight.nbytes, weight.dtype, shape=weight.shape, name=name, base_dir=""
+        )
+    return names, values
 
 
 def runtime_target(provider: str = "") -> Target:
@@ -150,33 +147,3 @@ def session_options() -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.log_severity_level = 3
     return options
-
-
-def to_ort(tensor: Tensor) -> Any:
-    """A torch tensor as an OrtValue over the same memory (a tensor that is not contiguous is copied once)."""
-    import onnxruntime
-
-    return onnxruntime.OrtValue(_shared(tensor))
-
-
-def _shared(tensor: Tensor) -> Any:
-    plain = tensor.detach().contiguous()
-    if plain.dtype == torch.bool:
-        return _binding().OrtValue.from_dlpack(plain.view(torch.uint8).__dlpack__(), True)
-    return _binding().OrtValue.from_dlpack(plain.__dlpack__(), False)
-
-
-@cache
-def _binding() -> Any:
-    return import_module("onnxruntime.capi.onnxruntime_pybind11_state")
-
-
-def from_ort(value: Any) -> Tensor:
-    """An OrtValue as a torch tensor over the same memory."""
-    value = getattr(value, "_ortvalue", value)
-    tensor = dlpack.from_dlpack(value.to_dlpack())
-    return tensor.view(torch.bool) if tensor.dtype == torch.uint8 and value.element_type() == _BOOL else tensor
-
-
-_BOOL = 9
-"""ONNX's number for booleans, which DLPack hands over as bytes."""
