@@ -16,7 +16,7 @@ from normfuse.capture.shapes import CAUTIONS
 from normfuse.errors import CaptureError
 from normfuse.graph.program import Program
 from normfuse.inventory.inventory import Inventory, take_inventory
-from normfuse.lower.choose import check_backend, choose
+from normfuse.lower.choose import check_backend, choose, executable
 from normfuse.lower.target import Run
 from normfuse.lower.torch import device_of, fastest, graph_module
 from normfuse.optimized.compare import candidate64
@@ -98,7 +98,9 @@ def optimize(
 
 
 def _ready(optimized: Optimized, unbaked: Program, backend: str, trials: Trials | None) -> Run:
-    """The backend's executable, from weight programs; what it had to leave out is told and left out from then on."""
+    """The backend's executable, proved on the trials; what its lowering had to leave out is told, and left out for good."""
+    if trials is None:
+        return executable(optimized.program, backend, optimized.excluded)
     run, lowered = ready(unbaked, backend, trials, optimized.excluded)
     optimized.excluded = lowered.log.excluded
     optimized.report.rolled_back += lowered.rolled_back

@@ -150,10 +150,12 @@ class Optimized(nn.Module):
 
         `example`: inputs (args, kwargs) to run the file on, for a model that was loaded and knows none.
         """
-        from normfuse.optimized.onnx import export
+        from normfuse.optimized.onnx import Given, export
 
         say(f"export for {target}")
-        return export(self, Path(path), target, opset, verify, example)
+        unbaked = self.unbaked()
+        given = Given(unbaked or self.as_it_is(), unbaked is not None, self.source, self.excluded, self.report)
+        return export(given, Path(path), target, opset, verify, example)
 
 
 def _from_archive(data: bytes) -> Optimized:

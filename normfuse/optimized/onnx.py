@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,10 +17,10 @@ from normfuse.lower.onnx.form import check_tensors, onnx_target
 from normfuse.lower.onnx.run.proof import NotRun, run_file
 from normfuse.lower.torch import graph_module, plain
 from normfuse.pipeline.lowering import Lowered, judged, lower
+from normfuse.pipeline.source import Source
+from normfuse.report import Report
+from normfuse.rewrite.record import FiringKey
 from normfuse.verification.trials import Trials, make_trials
-
-if TYPE_CHECKING:
-    from normfuse.optimized.module import Optimized
 
 TRIALS = 3
 NOT_ASKED = "nobody asked for it"
@@ -28,34 +28,41 @@ NO_EXAMPLE = "there are no example inputs: normfuse.export_onnx takes them"
 ITSELF = "the optimized model itself: what it was made from is gone or changed, and its weights are rounded once already"
 
 
-def export(optimized: Optimized, path: str | Path, target: str, opset: int | None, verify: bool, example: Any) -> OnnxReport:
-    """Lower from the weights as the model was given them, where they are still there, else from what they became."""
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """What is exported: a program, and where its weights are the model's own (not rounded yet), what it was made from."""
+
+    program: Program
+    unrounded: bool
+    source: Source | None
+    excluded: frozenset[FiringKey]
+    report: Report
+
+
+def export(given: Given, path: Path, target: str, opset: int | None, verify: bool, example: Any) -> OnnxReport:
+    """Write the program as `normfuse.export_onnx` says; `example`: inputs (args, kwargs), or None."""
     choice = Choice(target, check_request(target, opset))
-    program = optimized.unbaked()
-    known = program is not None
-    if program is None:
-        program = optimized.as_it_is()
-        check_tensors(program)
-    trials = _trials(optimized, program, known, example) if verify else None
-    lowered = lower(program, onnx_target(choice), trials, optimized.excluded)
+    check_tensors(given.program)
+    trials = _trials(given, example) if verify else None
+    lowered = lower(given.program, onnx_target(choice), trials, given.excluded)
     proof = _Proof(lowered, trials, "" if trials else NO_EXAMPLE if verify else NOT_ASKED)
     told = write_form(
-        lowered.form, path, choice, list(lowered.log.told.values()), report=optimized.report, prove=proof.see
+        lowered.form, path, choice, list(lowered.log.told.values()), report=given.report, prove=proof.see
     )
     return dataclasses.replace(
         told,
         error_float64=lowered.error64,
         error_ratio=proof.ratio,
         not_verified=proof.missing,
-        compared_with="" if known or trials is None else ITSELF,
+        compared_with="" if given.unrounded or trials is None else ITSELF,
         rolled_back=tuple(lowered.rolled_back),
     )
 
 
-def _trials(optimized: Optimized, program: Program, known: bool, example: Any) -> Trials | None:
+def _trials(given: Given, example: Any) -> Trials | None:
     """What the original computes; where that is gone, what the program computes itself."""
-    source = optimized.source
-    if source is not None and known:
+    source, program = given.source, given.program
+    if source is not None and given.unrounded:
         return source.trials(TRIALS)
     if example is not None:
         leaves = program.signature.flatten(*example)
@@ -63,9 +70,9 @@ def _trials(optimized: Optimized, program: Program, known: bool, example: Any) -
         leaves = source.example
     else:
         return None
-    module = graph_module(plain(program, optimized.excluded))
+    module = graph_module(plain(program, given.excluded))
     with torch.no_grad():
-        return make_trials(program, lambda given: list(module(*given)), leaves, TRIALS)
+        return make_trials(program, lambda leaves: list(module(*leaves)), leaves, TRIALS)
 
 
 @dataclasses.dataclass
