@@ -206,5 +206,16 @@ def test_a_model_that_was_changed_since_is_not_lowered_from(tmp_path: Path) -> N
     assert "itself" in told.compared_with and told.error_ratio is not None
 
 
+def test_an_optimized_model_does_not_keep_the_one_it_was_made_from() -> None:
+    import gc
+    import weakref
+
+    model = Small().eval()
+    optimized, kept = normfuse.optimize(model, X), weakref.ref(model.first.weight)
+    del model
+    gc.collect()
+    assert kept() is None and optimized.unbaked() is None
+
+
 def test_the_target_of_a_choice_is_the_table() -> None:
     assert onnx_target(Choice("onnx", 20)).rules == TABLE
