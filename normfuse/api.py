@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,20 +13,24 @@ from torch import nn
 
 from normfuse.capture.export import capture, captures
 from normfuse.errors import CaptureError
+from normfuse.graph.program import Program
 from normfuse.inventory.inventory import Inventory, take_inventory
-from normfuse.lower.choose import check_backend, choose
-from normfuse.lower.torch import fastest, graph_module
+from normfuse.lower.choose import check_backend, choose, executable
+from normfuse.lower.target import Run
+from normfuse.lower.torch import device_of, fastest, graph_module
 from normfuse.optimized.compare import candidate64
 from normfuse.optimized.module import Optimized
+from normfuse.pipeline.lowering import ready
 from normfuse.pipeline.run import Pipeline, detached
 from normfuse.pipeline.select import select
+from normfuse.pipeline.source import Source
 from normfuse.pipeline.subject import Model, as_runnable, capture_and_try, example_leaves, model_name
 from normfuse.progress import say
 from normfuse.report import Report
 from normfuse.report.books import report_of
 from normfuse.rewrite import Rule
 from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
-from normfuse.verification.trials import NothingCompared, original_run
+from normfuse.verification.trials import NothingCompared, Trials, original_run
 from normfuse.weights.adapters import Adapter
 from normfuse.weights.program import WeightProgram
 
@@ -71,24 +75,44 @@ def optimize(
     lowering = time.perf_counter()
     say(f"lower to {backend}")
     report = report_of(model_name(model), result, backend, captured.notes)
-    optimized = Optimized(result.baked, report, ledger=detached(result.unbaked), backend=backend)
+    example = example_leaves(captured, model, args, kwargs)
+    source = None if example is None else Source.of(model, captured, result.unbaked, example, trials)
+    optimized = Optimized(
+        result.baked,
+        report,
+        ledger=detached(result.unbaked),
+        backend=backend,
+        source=source,
+        excluded=result.unlowered,
+    )
     if backend == "auto":
-        _take_fastest(optimized, model, args, kwargs)
-    elif backend != "torch":  # what plain torch runs, verification has run
-        leaves = example_leaves(optimized.program, model, args, kwargs)
-        if leaves is not None:
-            optimized.call_once(leaves)
+        _take_fastest(optimized, model, args, kwargs, lambda each: _ready(optimized, result.unbaked, each, trials))
+    elif backend != "torch" and trials is not None:  # what plain torch runs, verification has run
+        optimized.run_with(_ready(optimized, result.unbaked, backend, trials), backend)
+    elif backend != "torch" and example is not None:
+        optimized.call_once(example)
     report.seconds = result.seconds | {"lower": time.perf_counter() - lowering}
     report.seconds["total"] = time.perf_counter() - started
     return optimized
 
 
-def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any) -> None:
+def _ready(optimized: Optimized, unbaked: Program, backend: str, trials: Trials | None) -> Run:
+    """The backend's executable, proved on the trials; what its lowering had to leave out is told, and left out for good."""
+    if trials is None:
+        return executable(optimized.program, backend, optimized.excluded)
+    run, lowered = ready(unbaked, backend, trials, optimized.excluded)
+    optimized.excluded = lowered.log.excluded
+    optimized.report.rolled_back += lowered.rolled_back
+    optimized.report.refusals += lowered.rolled_back
+    return run
+
+
+def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any, make: Callable[[str], Run]) -> None:
     """Measure the backends; where none is faster than the model as it was given, that is what runs."""
     runnable, args, kwargs = as_runnable(model, args, kwargs)
     leaves = optimized.program.signature.flatten(tuple(args), kwargs or {})
     original = original_run(runnable, optimized.program)
-    chosen = choose(optimized.program, lambda *given: original(list(given)), leaves)
+    chosen = choose(make, lambda *given: original(list(given)), leaves)
     optimized.run_with(chosen.run, "torch" if chosen.backend == "original" else chosen.backend)
     optimized.report.notes += chosen.notes()
 
@@ -105,9 +129,8 @@ def optimize_flat(
     """`optimize` for compilers: a graph of flat tensors in and out, lowered for the device its weights are on."""
     rules = select(pass_table(), passes, disable)
     captured, trials, seconds = capture_and_try(model, args, {}, dynamic_shapes, 1 if verify else 0)
-    baked = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials).baked
-    device = next((t.device for t in baked.tensors.values()), torch.device("cpu"))
-    return graph_module(fastest(baked, device))
+    result = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials)
+    return graph_module(fastest(result.baked, device_of(result.baked), result.unlowered))
 
 
 def optimize_(
@@ -222,16 +245,21 @@ def export_onnx(
     target: str = "onnxruntime",
     dynamic_shapes: Any = "auto",
     opset: int | None = None,
+    verify: bool = True,
 ) -> Any:
     """Optimize the model (unless it is optimized already) and write it as an ONNX file; returns an `OnnxReport`.
 
-    `target="onnx"`: standard operators alone, for any runtime. Raises `LoweringError` for a place that cannot be written.
+    `target="onnx"`: standard operators alone, for any runtime. With `verify` what the file is printed from is compared
+    with the model in float64, and the file itself in onnxruntime: the report has both errors, or says why not. A model
+    that was loaded is compared with itself, on the inputs given here.
+
+    Raises `LoweringError` for a place that cannot be written, and for a file that computes something else.
     """
-    optimized = model
-    if not isinstance(model, Optimized):
-        optimized = optimize(model, args, kwargs, dynamic_shapes=dynamic_shapes)
-    assert isinstance(optimized, Optimized)
-    return optimized.export_onnx(path, target=target, opset=opset)
+    if isinstance(model, Optimized):
+        example = (args, dict(kwargs or {})) if args or kwargs else None
+        return model.export_onnx(path, target=target, opset=opset, verify=verify, example=example)
+    optimized = optimize(model, args, kwargs, dynamic_shapes=dynamic_shapes, verify=verify)
+    return optimized.export_onnx(path, target=target, opset=opset, verify=verify)
 
 
 def replay(weights: Mapping[str, WeightProgram], state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.analysis.layout import concrete
-from normfuse.graph.node import aten, expression, is_op, value
+from normfuse.evaluate.rows import Weights
+from normfuse.graph.node import argument, aten, expression, is_op, is_weight, value
 from normfuse.graph.program import Program
 
 _LARGEST = 2048
@@ -38,6 +39,25 @@ def mask_kind(program: Program, mask: fx.Node, length: Any) -> str:
         for size, other in tried
     }
     return found.pop() if len(found) == 1 else ""
+
+
+def known_mask(program: Program, mask: fx.Node) -> Tensor | None:
+    """The mask in float64, where weights and buffers alone make it."""
+    if not is_weight(mask) or any(t.device.type == "meta" for t in program.tensors.values()):
+        return None
+    with torch.no_grad():
+        return Weights(program).whole(mask)  # type: ignore[no-any-return]
+
+
+def closes_no_row(node: fx.Node, program: Program) -> bool:
+    """Does the mask of an Attention leave each row something? A finite one does, and the triangle alone: its first key."""
+    mask = argument(node, "mask")
+    if mask is None:
+        return True
+    if argument(node, "causal") or value(mask).dtype == torch.bool:
+        return False
+    tensor = known_mask(program, mask)
+    return tensor is not None and bool(torch.isfinite(tensor).all())
 
 
 def _told(mask: Tensor | None, length: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 
 from normfuse.errors import LoweringError, NormfuseError
 from normfuse.graph.program import Program
-from normfuse.lower.torch import fastest, graph_module
-
-Run = Callable[..., Sequence[Any]]
+from normfuse.lower.target import Run, Target
+from normfuse.lower.torch import device_of, fastest, graph_module, torch_target
+from normfuse.rewrite.record import FiringKey
 
 BACKENDS = ("torch", "inductor", "onnxruntime", "auto")
 
@@ -35,23 +35,24 @@ def check_backend(backend: str) -> None:
         check_provider(provider)
 
 
-def executable(program: Program, backend: str) -> Run:
+def executable(program: Program, backend: str, excluded: frozenset[FiringKey] = frozenset()) -> Run:
     """The program made ready to run on flat leaves, for the device that its tensors are on now.
 
     Raises `LoweringError` where that cannot be done.
     """
-    with _told(f"backend {backend!r} cannot take this model"):
-        return _executable(program, backend)
+    with refusing(f"backend {backend!r} cannot take this model"):
+        return _executable(program, backend, excluded)
 
 
 def call_once(run: Run, backend: str, leaves: Sequence[Any]) -> None:
     """What cannot be called says so now, by a `LoweringError`, and not to the first user."""
-    with _told(f"backend {backend!r} cannot be called here"), torch.no_grad():
+    with refusing(f"backend {backend!r} cannot be called here"), torch.no_grad():
         run(*leaves)
 
 
 @contextmanager
-def _told(what: str) -> Generator[None]:
+def refusing(what: str) -> Generator[None]:
+    """Whatever goes wrong is a `LoweringError` that says this."""
     try:
         yield
     except NormfuseError:
@@ -66,15 +67,30 @@ def _reason(error: Exception) -> str:
     return said if isinstance(error, NormfuseError) else f"{type(error).__name__}: {said}"
 
 
-def _executable(program: Program, backend: str) -> Run:
+def _executable(program: Program, backend: str, excluded: frozenset[FiringKey]) -> Run:
     kind, _, provider = backend.partition(":")
     if kind == "onnxruntime":
         from normfuse.lower.onnx.run.runtime import Runtime
 
-        return Runtime(program, provider)
-    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
-    module = graph_module(fastest(program, device))
+        return Runtime(program, provider, excluded=excluded)
+    module = graph_module(fastest(program, device_of(program), excluded))
     return torch.compile(module) if kind == "inductor" else module
+
+
+def target_of(backend: str, program: Program) -> Target:
+    """What the backend lowers to, for the device that the program's tensors are on."""
+    kind, _, provider = backend.partition(":")
+    if kind == "onnxruntime":
+        from normfuse.lower.onnx.run.runtime import runtime_target
+
+        return runtime_target(provider)
+    target = torch_target(device_of(program))
+    return replace(target, name=kind, executable=_compiled) if kind == "inductor" else target
+
+
+def _compiled(form: Program) -> Run:
+    run: Run = torch.compile(graph_module(form))
+    return run
 
 
 @dataclass(frozen=True)
@@ -95,15 +111,18 @@ class Chosen:
         return [str(self), *(f"backend {name!r} was left out: {reason}" for name, reason in self.failures.items())]
 
 
-def choose(program: Program, original: Run, leaves: Sequence[Any]) -> Chosen:
-    """Measure every backend and the model itself ("original") on the example inputs; the original stays if it is fastest."""
+def choose(make: Callable[[str], Run], original: Run, leaves: Sequence[Any]) -> Chosen:
+    """Measure every backend, as `make` makes it run, and the model itself ("original") on the example inputs.
+
+    The original stays if it is fastest. A backend that `make` refuses, or that cannot be called, is told with the reason.
+    """
     runs: dict[str, Run] = {"original": original}
     failures: dict[str, str] = {}
     seconds = {"original": _measure(original, leaves)}
     for backend in ("torch", "onnxruntime", "inductor"):
         try:
             check_backend(backend)
-            runs[backend] = executable(program, backend)
+            runs[backend] = make(backend)
             seconds[backend] = _measure(runs[backend], leaves)
         except Exception as error:  # a backend that cannot run this model is no candidate, whatever its reason
             failures[backend] = _reason(error)

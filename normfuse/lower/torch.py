@@ -13,61 +13,69 @@ from torch import Tensor, fx, nn
 
 from normfuse.graph.node import argument, aten, is_op, rank, value
 from normfuse.graph.program import Program
-from normfuse.graph.structure import check_structure
+from normfuse.lower import pieces
+from normfuse.lower.target import Target
 from normfuse.ops.norms import RMS_NORM
-from normfuse.ops.tracing import TRACING
-from normfuse.rewrite import Editor, Log, Value
-from normfuse.rewrite.decompose import decompose
+from normfuse.rewrite import Editor, Rule, Value, each
+from normfuse.rewrite.record import FiringKey, Log
 
 
-def plain(program: Program) -> Program:
+def plain(program: Program, excluded: frozenset[FiringKey] = frozenset()) -> Program:
     """The program with every operator of ours replaced by torch's own."""
-    return _lower(program.copy(), zero_mean_as_layer_norm=False)
+    return torch_target().form(program, Log(excluded=excluded))
 
 
-def fastest(program: Program, device: torch.device) -> Program:
+def fastest(program: Program, device: torch.device, excluded: frozenset[FiringKey] = frozenset()) -> Program:
     """`plain`, with the spelling of each norm that is fastest on `device`, and device literals moved there."""
-    lowered = _lower(program.copy(), zero_mean_as_layer_norm=device.type == "cpu")
+    lowered = torch_target(device).form(program, Log(excluded=excluded))
     _move_literals(lowered, device)
     return lowered
 
 
-def _lower(program: Program, *, zero_mean_as_layer_norm: bool) -> Program:
-    with TRACING:
-        _replace_ours(Editor(program, "lower", Log()), program, zero_mean_as_layer_norm)
-        program.drop_dead()
-        check_structure(program, after="lowering to torch")
-    return program
+def device_of(program: Program) -> torch.device:
+    """Where its weights are."""
+    return next((t.device for t in program.tensors.values()), torch.device("cpu"))
 
 
-def _replace_ours(edit: Editor, program: Program, zero_mean_as_layer_norm: bool) -> None:
-    for node in list(program.graph.nodes):
-        if node.op != "call_function" or getattr(node.target, "namespace", "") != "normfuse":
-            continue
-        with edit.at(node):
-            new = _rms_norm(node, edit, zero_mean_as_layer_norm) if is_op(node, RMS_NORM) else None
-            edit.replace(node, new if new is not None else decompose(node, edit))
+def torch_target(device: torch.device | None = None) -> Target:
+    """Graphs of torch's own operators, for this device or for any."""
+    return Target("torch", TABLE, graph_module, device)
 
 
-def _rms_norm(node: fx.Node, edit: Editor, zero_mean_as_layer_norm: bool) -> Value | None:
+def zero_mean_as_layer_norm(node: fx.Node, edit: Editor) -> Value | None:
+    """rms_norm of what has no mean is layer_norm, which a CPU has one kernel for."""
+    device: torch.device | None = edit.choice
+    if device is None or device.type != "cpu" or not is_op(node, RMS_NORM) or not node.meta.get("zero_mean"):
+        return None
+    sizes = _trailing(node)
+    given = (argument(node, name) for name in ("weight", "bias", "eps"))
+    return None if sizes is None else edit.call(aten.layer_norm.default, node.args[0], sizes, *given)
+
+
+def trailing_rms_norm(node: fx.Node, edit: Editor) -> Value | None:
     """Over trailing axes torch has the operator; a shift follows it."""
-    x: fx.Node = node.args[0]  # type: ignore[assignment]
-    axes, gain, shift, eps = (argument(node, name) for name in ("axes", "weight", "bias", "eps"))
-    if list(axes) != list(range(-len(axes), 0)):
+    sizes = _trailing(node) if is_op(node, RMS_NORM) else None
+    if sizes is None:
         return None
-    sizes = [s if isinstance(s, int) else None for s in value(x).shape[rank(x) - len(axes) :]]
-    if None in sizes:
-        return None
-    if zero_mean_as_layer_norm and node.meta.get("zero_mean"):
-        return edit.call(aten.layer_norm.default, x, sizes, gain, shift, eps)
-    scaled = edit.call(aten.rms_norm.default, x, sizes, gain, eps)
+    gain, shift, eps = (argument(node, name) for name in ("weight", "bias", "eps"))
+    scaled = edit.call(aten.rms_norm.default, node.args[0], sizes, gain, eps)
     return scaled if shift is None else scaled + edit.value(shift)
+
+
+TABLE: tuple[Rule, ...] = (each(zero_mean_as_layer_norm), each(trailing_rms_norm), pieces.RULE)
+
+
+def _trailing(node: fx.Node) -> list[int] | None:
+    """The sizes of the last axes, where those are all that the norm is over, and known."""
+    x: fx.Node = node.args[0]  # type: ignore[assignment]
+    axes = list(argument(node, "axes"))
+    sizes = [s for s in value(x).shape[rank(x) - len(axes) :] if isinstance(s, int)]
+    return sizes if axes == list(range(-len(axes), 0)) and len(sizes) == len(axes) else None
 
 
 def _move_literals(program: Program, device: torch.device) -> None:
     """`arange(..., device=cpu)` was right where the model was captured."""
-    tensors = [t for t in program.tensors.values() if t.device.type != "meta"]
-    if not tensors:
+    if not any(t.device.type != "meta" for t in program.tensors.values()):
         return
     for node in program.graph.nodes:
         if isinstance(node.kwargs.get("device"), torch.device) and node.kwargs["device"] != device:

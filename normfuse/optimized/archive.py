@@ -19,16 +19,24 @@ from normfuse.graph.program import Program
 from normfuse.graph.signature import Leaf, Signature
 from normfuse.lower.exported import to_exported
 from normfuse.lower.torch import plain
+from normfuse.rewrite.record import FiringKey
 
 _REPORT = "normfuse.json"
 
 
-def save(program: Program, tensors: Mapping[str, Tensor], report: Mapping[str, Any], backend: str, path: Path) -> None:
+def save(
+    program: Program,
+    tensors: Mapping[str, Tensor],
+    report: Mapping[str, Any],
+    backend: str,
+    path: Path,
+    excluded: frozenset[FiringKey] = frozenset(),
+) -> None:
     """Write the archive beside `path` and rename it, `tensors` in the place of the program's own.
 
     Raises `LoweringError` if the place cannot be written.
     """
-    exported = to_exported(plain(program))
+    exported = to_exported(plain(program, excluded))
     exported.state_dict.update({n: t for n, t in tensors.items() if n in exported.state_dict})
     saved = {
         "report": report,

@@ -19,8 +19,10 @@ from normfuse.lower.choose import Run, call_once, executable
 from normfuse.lower.torch import graph_module, plain
 from normfuse.ops.tracing import TRACING
 from normfuse.optimized.archive import conditions_of, load_exported, save, signature_of
+from normfuse.pipeline.source import Source, state_of
 from normfuse.progress import say
 from normfuse.report import Report
+from normfuse.rewrite.record import FiringKey
 
 
 class Optimized(nn.Module):
@@ -30,7 +32,16 @@ class Optimized(nn.Module):
     rewritten where, what was refused and why, and how the result compares with the original.
     """
 
-    def __init__(self, program: Program, report: Report, *, ledger: Program | None = None, backend: str = "torch") -> None:
+    def __init__(
+        self,
+        program: Program,
+        report: Report,
+        *,
+        ledger: Program | None = None,
+        backend: str = "torch",
+        source: Source | None = None,
+        excluded: frozenset[FiringKey] = frozenset(),
+    ) -> None:
         super().__init__()
         self.program = program
         self.report = report
@@ -39,8 +50,10 @@ class Optimized(nn.Module):
         signature = program.signature
         names = [leaf.name for leaf in signature.leaves]
         codegen = _PyTreeCodeGen(_PyTreeInfo(names, signature.in_spec, signature.out_spec))
-        self.graph_module: fx.GraphModule = graph_module(plain(program), codegen)
+        self.source, self.excluded = source, excluded
+        self.graph_module: fx.GraphModule = graph_module(plain(program, excluded), codegen)
         self.__dict__["_run"] = None
+        self._states = {name: state_of(t) for name, t in self.tensors().items()}
         self.train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -58,7 +71,9 @@ class Optimized(nn.Module):
         with TRACING:
             if self.__dict__["_run"] is None:
                 here = {name: t for name, t in self.tensors().items() if name in self.program.tensors}
-                self.__dict__["_run"] = executable(dataclasses.replace(self.program, tensors=here), self.backend)
+                self.__dict__["_run"] = executable(
+                    dataclasses.replace(self.program, tensors=here), self.backend, self.excluded
+                )
             return self.__dict__["_run"]
 
     def call_once(self, leaves: Sequence[Any]) -> None:
@@ -97,7 +112,7 @@ class Optimized(nn.Module):
 
         Raises `LoweringError` if the place cannot be written; a file that was there before is then as it was.
         """
-        save(self.program, self.tensors(), self.report.to_dict(), self.backend, Path(path))
+        save(self.program, self.tensors(), self.report.to_dict(), self.backend, Path(path), self.excluded)
 
     @classmethod
     def load(cls, path: str | Path) -> Optimized:
@@ -112,13 +127,37 @@ class Optimized(nn.Module):
         report = Report.from_dict(extra.get("report", {}), model=Path(path).stem)
         return cls(program, report, backend=extra.get("backend", "torch"))
 
-    def export_onnx(self, path: str | Path, *, target: str = "onnxruntime", opset: int | None = None) -> Any:
-        """Write the optimized program as ONNX; see `normfuse.export_onnx`."""
-        from normfuse.lower.onnx import write_onnx
+    def unbaked(self) -> Program | None:
+        """The weight programs over the weights of the model that this was made from.
+
+        None where the model is gone, or its weights or these have changed since.
+        """
+        same = {name: state_of(t) for name, t in self.tensors().items()} == self._states
+        return self.source.weights() if self.source is not None and same else None
+
+    def as_it_is(self) -> Program:
+        """The program with its weights as they are now."""
+        return dataclasses.replace(self.program, tensors={n: self.tensors()[n] for n in self.program.tensors})
+
+    def export_onnx(
+        self,
+        path: str | Path,
+        *,
+        target: str = "onnxruntime",
+        opset: int | None = None,
+        verify: bool = True,
+        example: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    ) -> Any:
+        """Write the optimized program as ONNX; see `normfuse.export_onnx`.
+
+        `example`: inputs (args, kwargs) to run the file on, for a model that was loaded and knows none.
+        """
+        from normfuse.optimized.onnx import Given, export
 
         say(f"export for {target}")
-        program = dataclasses.replace(self.program, tensors={n: self.tensors()[n] for n in self.program.tensors})
-        return write_onnx(program, Path(path), target=target, opset=opset, report=self.report)
+        unbaked = self.unbaked()
+        given = Given(unbaked or self.as_it_is(), unbaked is not None, self.source, self.excluded, self.report)
+        return export(given, Path(path), target, opset, verify, example)
 
 
 def _traced(leaves: list[Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import fx
 
@@ -24,20 +25,25 @@ class RuleError(RuntimeError):
     """A bug in a rule: which one, at which node and line."""
 
 
-def run_passes(program: Program, rules: Sequence[Rule], log: Log | None = None, *, named: bool = False) -> Log:
-    """Run the rules, in this order, on the program in place. `named`: the user asked for them, so `worth` is not."""
+def run_passes(
+    program: Program, rules: Sequence[Rule], log: Log | None = None, *, named: bool = False, choice: Any = None
+) -> Log:
+    """Run the rules, in this order, on the program in place. `named`: the user asked for them, so `worth` is not.
+
+    `choice` is what lowering rules lower for.
+    """
     log = log or Log()
     for rule in rules:
-        run_pass(program, rule, log, named=named)
+        run_pass(program, rule, log, named=named, choice=choice)
     return log
 
 
-def run_pass(program: Program, rule: Rule, log: Log, *, named: bool = False) -> None:
+def run_pass(program: Program, rule: Rule, log: Log, *, named: bool = False, choice: Any = None) -> None:
     """Run one rule on the program in place and check the graph after it."""
     say(rule.name)
     started = time.perf_counter()
     facts = Facts(program)
-    edit = Editor(program, rule.name, log, named=named)
+    edit = Editor(program, rule.name, log, named=named, choice=choice)
     log.exactness = rule.exactness.value
     if isinstance(rule, Transform):
         _guarded(rule, program.output, lambda: rule.run(program, facts, edit))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import arguments, aten, is_weight, rank, shape, value
+from normfuse.graph.node import arguments, aten, is_weight, op_name, rank, shape, value
 from normfuse.graph.program import Origin, Program
 from normfuse.rewrite.record import FiringKey, Log
 
@@ -93,9 +93,10 @@ class Editor:
     its inputs, and no node is made twice.
     """
 
-    def __init__(self, program: Program, pass_name: str, log: Log, *, named: bool = False) -> None:
+    def __init__(self, program: Program, pass_name: str, log: Log, *, named: bool = False, choice: Any = None) -> None:
         self.program = program
         self.named = named
+        self.choice = choice
         self.pass_name = pass_name
         self.log = log
         self.changed = False
@@ -115,6 +116,17 @@ class Editor:
     def fired(self, node: fx.Node, *, before: str, after: str, group: fx.Node | None = None) -> None:
         """Record one rewrite; `group` is the anchor that `permit` was asked about, if it is another node."""
         self.log.fired(self.pass_name, node, before, after, group if group is not None else node)
+
+    def fire(self, node: fx.Node) -> bool:
+        """`permit` and `fired` in one, for a rule whose name says what the node becomes."""
+        if not self.permit(node):
+            return False
+        self.fired(node, before=op_name(node), after=self.pass_name)
+        return True
+
+    def tell(self, key: tuple[str, str], text: str) -> None:
+        """Record what was decided, once for each key."""
+        self.log.told.setdefault(key, text)
 
     def refuse(self, node: fx.Node, reason: str) -> None:
         """Record why a site that could have been rewritten was not."""

@@ -46,6 +46,8 @@ class Log:
     matched: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     sites: dict[FiringKey, str] = field(default_factory=dict)
+    told: dict[tuple[str, str], str] = field(default_factory=dict)
+    """What was decided where a rule had a choice, by question and answer."""
 
     def permit(self, pass_name: str, anchor: fx.Node) -> bool:
         key = (pass_name, str(anchor.meta.get("anchor", anchor.name)))

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from normfuse.errors import VerificationError
 from normfuse.evaluate.float64 import run_float64
 from normfuse.graph.program import Program
-from normfuse.lower.torch import fastest, graph_module
+from normfuse.lower.torch import device_of, fastest, graph_module
+from normfuse.rewrite.record import FiringKey
 from normfuse.verification.inputs import draws, excerpt, least
 from normfuse.verification.numerics import (
     EXACT,
@@ -25,7 +26,7 @@ from normfuse.verification.numerics import (
     nothing_compared,
     relative_error,
     rounding,
-)  # fmt: skip
+)
 from normfuse.verification.sensitivity import sensitivity
 
 Leaves = list[Any]
@@ -274,10 +275,11 @@ def _certain(run: Callable[[], list[Leaves]]) -> list[Leaves]:
         ) from failure
 
 
-def run_native(program: Program, trials: Sequence[Leaves]) -> list[Leaves]:
+def run_native(
+    program: Program, trials: Sequence[Leaves], excluded: frozenset[FiringKey] = frozenset()
+) -> list[Leaves]:
     """Flat outputs in the program's own dtypes, lowered as an optimized model would be on that device."""
-    device = next((t.device for t in program.tensors.values()), torch.device("cpu"))
-    module = graph_module(fastest(program, device))
+    module = graph_module(fastest(program, device_of(program), excluded))
     with torch.no_grad():
         return [list(module(*cloned(leaves))) for leaves in trials]
 

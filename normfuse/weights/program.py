@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import shape, value
+from normfuse.graph.node import aten, is_op, shape, value
 from normfuse.graph.program import Program
 
 
@@ -38,9 +38,15 @@ def evaluate(program: Program, node: fx.Node) -> Tensor:
         return _evaluate(Weights(program), node)
 
 
+_TURNS = (aten.permute, aten.transpose, aten.t)
+
+
 def _evaluate(weights: Weights, node: fx.Node) -> Tensor:
     """Evaluate by blocks of rows and round each once; nothing of float64 outlives its block."""
     wanted = value(node).dtype
+    if is_op(node, *_TURNS) and node.all_input_nodes == [node.args[0]]:  # rounded first: that takes half the memory
+        turned = node.target(_evaluate(weights, node.args[0]), *node.args[1:])  # type: ignore[operator, arg-type]
+        return turned.contiguous()  # type: ignore[no-any-return]
     out: Tensor | None = None
     for rows, block in weights.blocks(node):
         if rows == slice(None):

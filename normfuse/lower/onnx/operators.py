@@ -80,8 +80,8 @@ def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, q_heads: int, kv_heads: int, causal: bool, scale: float
 ) -> Tensor:
     flat = q.dim() == 3
-    heads = [t.unflatten(2, (n, -1)).transpose(1, 2) for t, n in ((q, q_heads), (k, kv_heads), (v, kv_heads))]
-    heads = heads if flat else [q, k, v]
+    given = ((q, q_heads), (k, kv_heads), (v, kv_heads))
+    heads = [t.unflatten(2, (n, -1)).transpose(1, 2) if flat else t for t, n in given]
     y = functional.scaled_dot_product_attention(
         *heads, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=q_heads != kv_heads
     )

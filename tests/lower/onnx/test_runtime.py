@@ -145,7 +145,7 @@ SAID = "TypeError: from_dlpack\\(\\): incompatible function arguments 1. \\(arg0
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "inductor"])
 def test_a_backend_that_cannot_be_called_is_told_by_optimize(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "_executable", lambda program, backend: _refuses)
+    monkeypatch.setattr(choose, "_executable", lambda *_: _refuses)
     with pytest.raises(normfuse.LoweringError, match=f"backend '{backend}' cannot be called here: {SAID}"):
         normfuse.optimize(nn.LayerNorm(8).eval(), (torch.randn(2, 8),), backend=backend, verify=False)
 
@@ -164,7 +164,7 @@ def test_a_runtime_that_changed_its_interface_is_told_by_optimize(monkeypatch: p
 def torch_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other backends make raises a TypeError when it is called."""
     made = choose._executable
-    monkeypatch.setattr(choose, "_executable", lambda program, name: made(program, name) if name == "torch" else _refuses)
+    monkeypatch.setattr(choose, "_executable", lambda p, name, left: made(p, name, left) if name == "torch" else _refuses)
 
 
 def auto_page() -> str:

@@ -11,8 +11,8 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from normfuse.lower.exported import to_exported
 from normfuse.lower.onnx.file.functions import add_functions
 from normfuse.lower.onnx.file.names import CONDITIONS, axis_names, name_values
 from normfuse.lower.onnx.file.translations import translations
-from normfuse.lower.onnx.form import onnx_form
+from normfuse.lower.onnx.form import check_tensors, onnx_target
+from normfuse.lower.target import settled
 from normfuse.ops.tracing import TRACING
+from normfuse.rewrite.record import Log, Refusal
 from normfuse.show.page import Column, Page, Section
 
 TARGETS = ("onnxruntime", "onnx")
@@ -43,6 +45,9 @@ class OnnxReport:
     """What was written: where, for which target, which operators how often, and how it is called.
 
     `conditions` must hold of the sizes: with others the model would have taken another branch. A file cannot check them.
+    `error_float64` is the relative error of what the file was printed from, in float64; `error_ratio` that of the file
+    itself, run in onnxruntime, in units of the original's own: of the model, or of what `compared_with` says. What was not
+    measured is None, and `not_verified` says why.
     """
 
     path: Path
@@ -56,6 +61,11 @@ class OnnxReport:
     decisions: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict[str, float])
+    error_float64: float | None = None
+    error_ratio: float | None = None
+    not_verified: str = "nobody asked for it"
+    compared_with: str = ""
+    rolled_back: tuple[Refusal, ...] = ()
 
     def count(self, operator: str) -> int:
         """How many nodes of this operator type, whatever its domain."""
@@ -74,7 +84,20 @@ class OnnxReport:
             "decisions": list(self.decisions),
             "conditions": list(self.conditions),
             "seconds": dict(self.seconds),
+            "error_float64": self.error_float64,
+            "error_ratio": self.error_ratio,
+            "not_verified": self.not_verified,
+            "compared_with": self.compared_with,
+            "rolled_back": [asdict(r) for r in self.rolled_back],
         }
+
+    def _verified(self) -> str:
+        said = [] if self.error_float64 is None else [f"relative error {self.error_float64:.1e} in float64"]
+        if self.error_ratio is not None:
+            said.append(f"the file {self.error_ratio:.2f} of the original's own error")
+        if said and self.compared_with:
+            said.append(f"compared with {self.compared_with}")
+        return ", ".join([*said, *([f"not run: {self.not_verified}"] if self.not_verified else [])])
 
     def __str__(self) -> str:
         from normfuse.show.terminal import render
@@ -92,6 +115,8 @@ class OnnxReport:
             *(("right where", condition) for condition in self.conditions),
             ("operators", ", ".join(f"{name} {count}" for name, count in often)),
             *(("choice", decision) for decision in self.decisions),
+            *(("rolled back", f"{r.pass_name} at {r.site}: {r.reason}") for r in self.rolled_back),
+            ("verified", self._verified()),
             ("size", f"{self.bytes / 1e6:.1f} MB{weights}"),
             ("seconds", ", ".join(f"{name} {took:.2f}" for name, took in self.seconds.items())),
         )
@@ -114,13 +139,31 @@ def write_onnx(
     goes into the file's metadata. Raises `LoweringError` for an unknown target or opset, a missing onnx package, an
     operator that ONNX lacks, and a place that cannot be written; then what was there before is as it was.
     """
-    place = Path(path)
-    choice = Choice(target, check_request(target, opset))
-    model, seconds = build(program, choice, report)
+    choice, log, started = Choice(target, check_request(target, opset)), Log(), time.perf_counter()
+    check_tensors(program)
+    form = onnx_target(choice).form(program, log)
+    seconds = {"form": time.perf_counter() - started}
+    return write_form(settled(form), path, choice, list(log.told.values()), report=report, check=check, seconds=seconds)
+
+
+def write_form(
+    form: Program,
+    path: str | Path,
+    choice: Choice,
+    decisions: Sequence[str],
+    *,
+    report: Any = None,
+    check: bool = True,
+    seconds: Mapping[str, float] | None = None,
+    prove: Callable[[Path], None] | None = None,
+) -> OnnxReport:
+    """Write a program that is lowered and baked, as `write_onnx` does. `prove` sees the file before it is in its place."""
     started = time.perf_counter()
-    external = save(model, place, check=check)
-    seconds["write"] = time.perf_counter() - started
-    return _report(model, place, choice, external, seconds)
+    model = build(form, choice, decisions, report)
+    middle = time.perf_counter()
+    external = save(model, Path(path), check=check, prove=prove)
+    took = {**(seconds or {}), "export": middle - started, "write": time.perf_counter() - middle}
+    return _report(model, Path(path), choice, decisions, external, took)
 
 
 def check_request(target: str, opset: int | None) -> int:
@@ -137,34 +180,16 @@ def check_request(target: str, opset: int | None) -> int:
     return opset or OPSET
 
 
-def build(program: Program, choice: Choice, report: Any = None) -> tuple[Any, dict[str, float]]:
-    """The program as an onnx_ir model, with names and metadata, and the seconds it took."""
-    seconds: dict[str, float] = {}
-    _check_tensors(program)
-    started = time.perf_counter()
-    form = onnx_form(program, choice)
-    seconds["form"] = time.perf_counter() - started
-    started = time.perf_counter()
+def build(form: Program, choice: Choice, decisions: Sequence[str] = (), report: Any = None) -> Any:
+    """A lowered and baked program as an onnx_ir model, with names and metadata."""
     model = _translate(form, choice)
     add_functions(model, choice.opset)
     name_values(model, form)
-    _describe(model, choice, report)
-    if program.signature.conditions:
-        told = [condition.told(axis_names(program)) for condition in program.signature.conditions]
+    _describe(model, choice, decisions, report)
+    if form.signature.conditions:
+        told = [condition.told(axis_names(form)) for condition in form.signature.conditions]
         model.metadata_props[CONDITIONS] = json.dumps(told)
-    seconds["export"] = time.perf_counter() - started
-    return model, seconds
-
-
-def _check_tensors(program: Program) -> None:
-    """Weights that were cast or moved after the capture do not fit its graph any more."""
-    for node in program.graph.nodes:
-        if node.op == "get_attr":
-            captured, now = node.meta["val"].dtype, program.tensors[str(node.target)].dtype
-            if captured != now:
-                raise LoweringError(
-                    f"the weight {node.target!r} was captured as {captured} and is {now}: optimize it as {now}"
-                )
+    return model
 
 
 def _translate(form: Program, choice: Choice) -> Any:
@@ -240,7 +265,7 @@ def _quiet() -> Generator[None]:
 # -- metadata
 
 
-def _describe(model: Any, choice: Choice, report: Any) -> None:
+def _describe(model: Any, choice: Choice, decisions: Sequence[str], report: Any) -> None:
     """Who wrote the file and what was done; the exporter's own notes hold paths of this machine and go."""
     from importlib.metadata import version
 
@@ -258,8 +283,8 @@ def _describe(model: Any, choice: Choice, report: Any) -> None:
     model.producer_name, model.producer_version = "normfuse", known
     model.metadata_props["normfuse.version"] = known
     model.metadata_props["normfuse.target"] = choice.target
-    if choice.decisions:
-        model.metadata_props["normfuse.decisions"] = json.dumps(choice.decisions)
+    if decisions:
+        model.metadata_props["normfuse.decisions"] = json.dumps(list(decisions))
     if report is not None:
         model.metadata_props["normfuse.report"] = json.dumps(_summary(report), default=str)
 
@@ -272,7 +297,7 @@ def _summary(report: Any) -> dict[str, Any]:
 # -- files
 
 
-def save(model: Any, place: Path, *, check: bool) -> Path | None:
+def save(model: Any, place: Path, *, check: bool, prove: Callable[[Path], None] | None = None) -> Path | None:
     """Write model and weights into a folder beside the place, check them there, then move both; the weights' file if any."""
     import onnx_ir as ir
 
@@ -289,6 +314,8 @@ def save(model: Any, place: Path, *, check: bool) -> Path | None:
         ir.save(model, beside, external_data=data)
         if check:
             _check(beside)
+        if prove:
+            prove(beside)
         return _move_in(workshop, place, data)
     except OSError as problem:
         raise LoweringError(f"cannot write {place}: {problem.strerror or problem}") from None
@@ -328,7 +355,9 @@ def _move_in(workshop: Path, place: Path, data: str | None) -> Path | None:
     return target
 
 
-def _report(model: Any, place: Path, choice: Choice, external: Path | None, seconds: dict[str, float]) -> OnnxReport:
+def _report(
+    model: Any, place: Path, choice: Choice, decisions: Sequence[str], external: Path | None, seconds: dict[str, float]
+) -> OnnxReport:
     counted = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.all_nodes())
     size = place.stat().st_size + (external.stat().st_size if external else 0)
     return OnnxReport(
@@ -340,7 +369,7 @@ def _report(model: Any, place: Path, choice: Choice, external: Path | None, seco
         outputs={v.name: _shape(v) for v in model.graph.outputs},
         bytes=size,
         external_data=external,
-        decisions=tuple(choice.decisions),
+        decisions=tuple(decisions),
         conditions=tuple(json.loads(model.metadata_props.get(CONDITIONS, "[]"))),
         seconds=seconds,
     )

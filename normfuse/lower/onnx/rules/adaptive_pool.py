@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from normfuse.graph.node import Dim, argument, aten, is_getitem, is_op, rank, same_size, shape
-from normfuse.rewrite import Editor, Value
+from normfuse.rewrite import Editor, Value, each
 
 _MEANS = {aten.adaptive_avg_pool1d: 1, aten.adaptive_avg_pool2d: 2, aten.adaptive_avg_pool3d: 3}
 _MAXIMA = {aten.adaptive_max_pool1d: 1, aten.adaptive_max_pool2d: 2, aten.adaptive_max_pool3d: 3}
@@ -60,3 +60,6 @@ def _windows(edit: Editor, x: Value, axis: int, size: Dim, count: int) -> list[V
     return [
         edit.call(aten.slice.Tensor, x, axis, bound(place, 0), bound(place + 1, count - 1)) for place in range(count)
     ]
+
+
+RULE = each(adaptive_pool)

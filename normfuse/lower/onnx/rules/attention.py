@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import fx
 
+from normfuse.analysis import Facts
 from normfuse.analysis.layout import Heads, heads_of, is_layout, merged_heads
-from normfuse.graph.node import argument, aten, dtype, is_op, rank, same_size, shape
+from normfuse.analysis.masks import known_mask
+from normfuse.graph.node import argument, aten, dtype, is_op, is_weight, rank, same_size, shape
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import Choice
 from normfuse.lower.onnx import operators
-from normfuse.rewrite import Editor, Value
-from normfuse.rewrite.editor import constant
+from normfuse.rewrite import Editor, Exactness, Transform, Value, computed
 
 
-def lower_attention(program: Program, edit: Editor, choice: Choice) -> None:
+def lower_attention(program: Program, facts: Facts, edit: Editor) -> None:
     """Every scaled_dot_product_attention becomes the Attention operator of opset 23, where that has it."""
-    for node in list(program.graph.nodes):
+    choice: Choice = edit.choice
+    for node in computed(program):
         if not is_op(node, aten.scaled_dot_product_attention):
             continue
         counts = _counts(node) if choice.opset >= 23 else None
+        torn = rank(node) != 4 and not argument(node, "dropout_p") and not argument(node, "enable_gqa")
+        if (counts is None and not torn) or not edit.fire(node):
+            continue
         with edit.at(node):
             if counts is not None:
                 _lower(node, edit, counts)
-            elif rank(node) != 4 and not argument(node, "dropout_p") and not argument(node, "enable_gqa"):
+            else:
                 edit.replace(node, _in_pieces(node, edit))
+
+
+RULE = Transform("lower_attention", lower_attention, exactness=Exactness.ALGEBRAIC)
 
 
 def _inputs(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -118,8 +126,8 @@ def _above_lowest(mask: fx.Node, edit: Editor) -> fx.Node:
         return mask
     lowest = torch.tensor(torch.finfo(kind).min, dtype=kind)
     above = float(torch.nextafter(lowest, torch.zeros_like(lowest)))
-    known = edit.program.tensor_of(mask)
-    if known is not None and not bool((known == lowest).any()):
+    known = known_mask(edit.program, mask)
+    if known is not None and not bool((known == lowest.double()).any()):
         return mask
     return edit.call(aten.masked_fill.Scalar, mask, edit.call(aten.eq.Scalar, mask, float(lowest)), above).node
 
@@ -146,18 +154,13 @@ def _channels(heads: Heads, edit: Editor, *, split_weights: bool) -> Value:
     first, last = heads.offset, heads.offset + heads.channels
     root = heads.root
     weight, bias = (argument(root, "weight"), argument(root, "bias")) if is_op(root, aten.linear) else (None, None)
-    if split_weights and _is_tensor(weight) and (bias is None or _is_tensor(bias)):
+    if split_weights and _is_fixed(weight) and (bias is None or _is_fixed(bias)):
         with edit.at(root):
-            part = _rows(edit.program, weight, first, last)
-            shift = None if bias is None else _rows(edit.program, bias, first, last)
+            part = edit.call(aten.slice.Tensor, weight, 0, first, last)
+            shift = None if bias is None else edit.call(aten.slice.Tensor, bias, 0, first, last)
             return edit.call(aten.linear.default, root.args[0], part, shift)
     return edit.call(aten.slice.Tensor, root, 2, first, last)
 
 
-def _is_tensor(node: Any) -> TypeGuard[fx.Node]:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
-
-
-def _rows(program: Program, weight: fx.Node, first: int, last: int) -> fx.Node:
-    name = str(weight.target)
-    return constant(program, f"{name}_{first}_{last}", program.tensors[name][first:last], like=name)
+def _is_fixed(node: Any) -> bool:
+    return isinstance(node, fx.Node) and is_weight(node)

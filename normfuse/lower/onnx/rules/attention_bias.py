@@ -8,23 +8,27 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
-from normfuse.graph.node import argument, aten, is_op, rank, same_size, shape
+from normfuse.analysis import Facts
+from normfuse.analysis.masks import closes_no_row
+from normfuse.graph.node import argument, aten, is_op, is_weight, rank, same_size, shape
 from normfuse.graph.program import Program
 from normfuse.lower.onnx import operators
-from normfuse.lower.onnx.rules.masks import closes_no_row
-from normfuse.rewrite import Editor
-from normfuse.rewrite.editor import constant
+from normfuse.rewrite import Editor, Exactness, Transform, Value, computed
 
 
-def drop_attention_biases(program: Program, edit: Editor) -> int:
-    """How many projections of keys and values lost their bias: their product is then a MatMul and nothing else."""
+def drop_attention_biases(program: Program, facts: Facts, edit: Editor) -> None:
+    """Projections of keys and values lose their bias: their product is then a MatMul and nothing else."""
     count = 0
-    for node in list(program.graph.nodes):
+    for node in computed(program):
         if is_op(node, operators.ATTENTION):
             count += _drop_key_bias(node, edit) + _move_value_bias(node, edit)
-    return count
+    if count:
+        edit.tell(("attention biases", ""), f"{count} biases of keys and values dropped or moved behind the attention")
+
+
+RULE = Transform("drop_attention_biases", drop_attention_biases, exactness=Exactness.ALGEBRAIC)
 
 
 def _is_biased(node: fx.Node, attention: fx.Node) -> bool:
@@ -36,12 +40,12 @@ def _is_biased(node: fx.Node, attention: fx.Node) -> bool:
 
 
 def _is_weight(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
+    return isinstance(node, fx.Node) and is_weight(node)
 
 
 def _drop_key_bias(node: fx.Node, edit: Editor) -> int:
     key = argument(node, "k")
-    if not _is_biased(key, node):
+    if not _is_biased(key, node) or not edit.fire(key):
         return 0
     with edit.at(key):
         edit.replace(key, edit.rebuild(key, bias=None))
@@ -52,11 +56,9 @@ def _move_value_bias(node: fx.Node, edit: Editor) -> int:
     values, readers = argument(node, "v"), list(node.users)
     if not _is_biased(values, node) or not readers or not _rows_sum_to_one(node, edit.program):
         return 0
-    if not all(_is_output(reader, node) for reader in readers):
+    if not all(_is_output(reader, node) for reader in readers) or not edit.fire(values):
         return 0
-    bias = edit.program.tensors[str(argument(values, "bias").target)].double()
-    heads = argument(node, "kv_heads")
-    shift = bias.reshape(heads, -1).repeat_interleave(argument(node, "q_heads") // heads, 0).flatten()
+    shift = _of_every_query(argument(values, "bias"), argument(node, "q_heads"), argument(node, "kv_heads"), edit)
     for reader in readers:
         _shift(reader, shift, edit)
     with edit.at(values):
@@ -77,12 +79,17 @@ def _is_output(reader: fx.Node, attention: fx.Node) -> bool:
     return _is_weight(weight) and rank(weight) == 2 and (bias is None or _is_weight(bias))
 
 
-def _shift(reader: fx.Node, shift: Tensor, edit: Editor) -> None:
-    """linear(x + shift, w, b) -> linear(x, w, b + w shift), in float64."""
-    program, bias = edit.program, argument(reader, "bias")
-    weight = str(argument(reader, "weight").target)
-    moved = program.tensors[weight].double() @ shift
-    own = 0.0 if bias is None else program.tensors[str(bias.target)].double()
-    new = (moved + own).to(program.tensors[weight].dtype)
+def _of_every_query(bias: fx.Node, queries: int, keys: int, edit: Editor) -> Value:
+    """The bias of the values (keys * width) for the heads that read them (queries * width)."""
+    if queries == keys:
+        return edit.value(bias)
+    heads = edit.value(bias).reshape(keys, 1, -1)
+    return edit.call(aten.expand.default, heads, [-1, queries // keys, -1]).reshape(-1)
+
+
+def _shift(reader: fx.Node, shift: Value, edit: Editor) -> None:
+    """linear(x + shift, w, b) -> linear(x, w, b + w shift)."""
+    bias = argument(reader, "bias")
     with edit.at(reader):
-        edit.replace(reader, edit.rebuild(reader, bias=constant(program, f"{weight}_{reader.name}_shift", new, like=weight)))
+        moved = edit.value(argument(reader, "weight")) @ shift
+        edit.replace(reader, edit.rebuild(reader, bias=moved if bias is None else moved + edit.value(bias)))

@@ -11,25 +11,31 @@ from typing import Any
 import torch
 from torch import fx
 
+from normfuse.analysis import Facts
+from normfuse.analysis.masks import closes_no_row
 from normfuse.graph.node import argument, aten, dtype, is_op, rank, same_size, shape
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import Choice, nominal
 from normfuse.lower.onnx import operators
-from normfuse.lower.onnx.rules.masks import closes_no_row
-from normfuse.rewrite import Editor, Value
+from normfuse.rewrite import Editor, Exactness, Transform, Value, computed
 from normfuse.rewrite.editor import constant
 
 
-def spell_attention(program: Program, edit: Editor, choice: Choice) -> None:
+def spell_attention(program: Program, facts: Facts, edit: Editor) -> None:
     """Attention operators that cost more than their pieces become those. `target="onnx"` keeps the standard operator."""
+    choice: Choice = edit.choice
     if choice.target == "onnx":
         return
-    for node in list(program.graph.nodes):
+    for node in computed(program):
         if not is_op(node, operators.ATTENTION) or not _can_be_pieces(node, program):
             continue
-        if choice.decide("attention", "Attention", "MatMul and Softmax", size=_size(node)) == "MatMul and Softmax":
+        cheaper = choice.decide(edit, "attention", "Attention", "MatMul and Softmax", size=_size(node))
+        if cheaper == "MatMul and Softmax" and edit.fire(node):
             with edit.at(node):
                 edit.replace(node, _pieces(node, edit))
+
+
+RULE = Transform("spell_attention", spell_attention, exactness=Exactness.ALGEBRAIC)
 
 
 def _can_be_pieces(node: fx.Node, program: Program) -> bool:

@@ -6,14 +6,15 @@ side by side instead of interleaved: the convolution that reads them takes its i
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, fx
+import sys
 
-from normfuse.graph.node import argument, aten, is_op, shape
+from torch import fx
+
+from normfuse.analysis import Facts
+from normfuse.graph.node import argument, aten, is_op, is_weight, shape
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import CPU, Choice, nominal
-from normfuse.rewrite import Editor
-from normfuse.rewrite.editor import constant
+from normfuse.rewrite import Editor, Exactness, Transform, Value, computed
 
 BLOCK = 16
 """Channels of a block: what is joined must be whole blocks."""
@@ -23,20 +24,25 @@ POINTWISE = (
 )  # fmt: skip
 
 
-def split_grouped(program: Program, edit: Editor, choice: Choice) -> None:
+def split_grouped(program: Program, facts: Facts, edit: Editor) -> None:
     """conv(x, w, groups) -> cat of depthwise convolutions, and the reader's weight with its input channels reordered."""
+    choice: Choice = edit.choice
     if choice.provider != CPU:
         return
-    for node in list(program.graph.nodes):
+    for node in computed(program):
         per_group = _per_group(node)
         reader = _reader(node) if per_group > 1 else None
         if reader is None:
             continue
         kernel, side = nominal(shape(argument(node, "weight")))[-1], max(nominal(shape(node))[2:])
         size = (argument(node, "groups"), per_group, kernel, side)
-        if choice.decide("grouped convolution", "Conv", "depthwise Conv and Concat", size=size) == "Conv":
+        if choice.decide(edit, "grouped convolution", "Conv", "depthwise Conv and Concat", size=size) == "Conv":
             continue
-        _split(node, reader, per_group, edit)
+        if edit.fire(node):
+            _split(node, reader, per_group, edit)
+
+
+RULE = Transform("split_grouped", split_grouped, exactness=Exactness.ALGEBRAIC)
 
 
 def _per_group(node: fx.Node) -> int:
@@ -62,28 +68,23 @@ def _reader(node: fx.Node) -> fx.Node | None:
 
 
 def _is_tensor(node: object) -> bool:
-    return isinstance(node, fx.Node) and node.op == "get_attr"
+    return isinstance(node, fx.Node) and is_weight(node)
 
 
 def _split(node: fx.Node, reader: fx.Node, count: int, edit: Editor) -> None:
-    program = edit.program
-
-    def part(source: fx.Node | None, place: int) -> fx.Node | None:
-        if source is None:
-            return None
-        name = str(source.target)
-        return constant(program, f"{name}_{place}_of_{count}", program.tensors[name][place::count].contiguous(), like=name)
+    def part(source: fx.Node | None, place: int) -> Value | None:
+        return None if source is None else _every(source, 0, place, count, edit)
 
     with edit.at(node):
         weight, bias = argument(node, "weight"), argument(node, "bias")
         parts = [edit.rebuild(node, weight=part(weight, i), bias=part(bias, i)) for i in range(count)]
         edit.replace(node, edit.call(aten.cat.default, parts, 1))
     with edit.at(reader):
-        name = str(argument(reader, "weight").target)
-        ordered = constant(program, f"{name}_{reader.name}_order", _ordered(program.tensors[name], count), like=name)
+        weight = argument(reader, "weight")
+        ordered = edit.call(aten.cat.default, [_every(weight, 1, place, count, edit) for place in range(count)], 1)
         edit.replace(reader, edit.rebuild(reader, weight=ordered))
 
 
-def _ordered(weight: Tensor, count: int) -> Tensor:
-    """The weight for inputs that lie by their place in the group first."""
-    return torch.cat([weight[:, place::count] for place in range(count)], 1)
+def _every(weight: fx.Node, axis: int, place: int, count: int, edit: Editor) -> Value:
+    """Every so-many-th entry along the axis, from this place on."""
+    return edit.call(aten.slice.Tensor, weight, axis, place, sys.maxsize, count)

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import fx
 
+from normfuse.analysis import Facts
 from normfuse.graph.node import argument, aten, is_op, rank, shape
 from normfuse.graph.program import Program
 from normfuse.lower.onnx import operators
-from normfuse.rewrite import Editor, Value
-from normfuse.rewrite.editor import constant
+from normfuse.rewrite import Editor, Exactness, Transform, computed
 
 
-def lower_experts(program: Program, edit: Editor) -> None:
+def lower_experts(program: Program, facts: Facts, edit: Editor) -> None:
     """grouped_mm(x, w, ends) -> for each expert its rows times its matrix: torch's exporter knows no such operator."""
-    for node in list(program.graph.nodes):
+    for node in computed(program):
         parts = _parts(node)
-        if parts is None:
+        if parts is None or not edit.fire(node):
             continue
         x, weight, ends = parts
         with edit.at(node):
-            matrices = [_matrix(edit, weight, expert) for expert in range(int(shape(weight)[0]))]  # type: ignore[arg-type]
+            count = int(shape(weight)[0])
+            matrices = [edit.call(aten.select.int, weight, 0, expert) for expert in range(count)]
             edit.replace(node, edit.call(operators.GROUPED_MM.default, x, matrices, ends))
+
+
+RULE = Transform("lower_experts", lower_experts, exactness=Exactness.ALGEBRAIC)
 
 
 def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
@@ -38,16 +40,3 @@ def _parts(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     if not isinstance(ends, fx.Node) or rank(x) != 2 or rank(weight) != 3 or not isinstance(shape(weight)[0], int):
         return None
     return x, weight, ends
-
-
-def _matrix(edit: Editor, weight: fx.Node, expert: int) -> Any:
-    if weight.op == "get_attr":
-        name = str(weight.target)
-        return constant(edit.program, f"{name}_{expert}", edit.program.tensors[name][expert].contiguous(), like=name)
-    if is_op(weight, aten.transpose) and isinstance(inner := weight.args[0], fx.Node) and inner.op == "get_attr":
-        name, axes = str(inner.target), (argument(weight, "dim0") % 3, argument(weight, "dim1") % 3)
-        if sorted(axes) == [1, 2]:
-            turned = edit.program.tensors[name][expert].t().contiguous()
-            return constant(edit.program, f"{name}_{expert}_t", turned, like=name)
-    chosen: Value = edit.call(aten.select.int, weight, 0, expert)
-    return chosen

@@ -11,31 +11,37 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from normfuse.analysis import Facts
 from normfuse.graph.node import argument, aten, dtype, is_one, is_op, rank, shape
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import Choice, nominal
 from normfuse.lower.onnx import operators
 from normfuse.lower.onnx.rules.depthwise import BLOCK, POINTWISE
-from normfuse.rewrite import Editor
+from normfuse.rewrite import Editor, Exactness, Transform, computed
 
 
-def spread_gates(program: Program, edit: Editor, choice: Choice) -> None:
+def spread_gates(program: Program, facts: Facts, edit: Editor) -> None:
     """x * gate, of shapes [n, c, h, w] and [n, c, 1, 1], becomes x * spread(gate), and the mean of x a pool."""
+    choice: Choice = edit.choice
     if not choice.has_blocked_layout:
         return
-    for node in list(program.graph.nodes):
+    for node in computed(program):
         factors = _factors(node)
         if factors is None:
             continue
         x, gate = factors
         _, channels, *sides = nominal(shape(x))
-        if choice.decide("gate on channels", "Mul", "Resize and Mul", size=(channels, max(sides))) == "Mul":
+        cheaper = choice.decide(edit, "gate on channels", "Mul", "Resize and Mul", size=(channels, max(sides)))
+        if cheaper == "Mul" or not edit.fire(node):
             continue
         with edit.at(node):
             edit.replace(node, edit.value(x) * edit.call(operators.SPREAD.default, gate, sides))
         for mean in [user for user in x.users if _is_spatial_mean(user)]:
             with edit.at(mean):
                 edit.replace(mean, edit.call(operators.GLOBAL_AVERAGE_POOL.default, x))
+
+
+RULE = Transform("spread_gates", spread_gates, exactness=Exactness.ALGEBRAIC)
 
 
 def _factors(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:

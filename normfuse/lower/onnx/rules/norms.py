@@ -14,15 +14,16 @@ from normfuse.graph.node import argument, aten, dtype, is_op, rank, shape, value
 from normfuse.lower.decisions import Choice
 from normfuse.lower.onnx import operators
 from normfuse.ops.norms import CRMS_NORM, L2_NORM, RMS_NORM, STANDARDIZE
-from normfuse.rewrite import Editor, Value
+from normfuse.rewrite import Editor, Value, each
 from normfuse.rewrite.editor import constant
 
 Spell = Callable[[Value, Value, Value | None, int, float], Value]
 """From input, gain, shift, first axis and eps to the norm."""
 
 
-def lower_norm(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
+def lower_norm(node: fx.Node, edit: Editor) -> Value | None:
     """The norm as one operator or function; None for what is no norm."""
+    choice: Choice = edit.choice
     if is_op(node, RMS_NORM):
         centred = choice.opset < 23 and bool(node.meta.get("zero_mean"))
         return _over(node, edit, _layer_norm(edit) if centred else _rms_norm(edit))
@@ -139,3 +140,6 @@ def _gain(edit: Editor, x: fx.Node, weight: Any, axes: Sequence[int]) -> Value:
         return edit.call(aten.ones.default, free, dtype=kind)
     name = f"normfuse_ones_{'x'.join(str(s) for s in sizes)}_{str(kind).removeprefix('torch.')}"
     return edit.value(constant(edit.program, name, torch.ones(sizes, dtype=kind)))
+
+
+RULE = each(lower_norm)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from normfuse.analysis import Facts
 from normfuse.analysis.layout import concrete, is_layout
 from normfuse.graph.node import argument, aten, expression, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.lower.onnx import operators
-from normfuse.rewrite import Editor
+from normfuse.rewrite import Editor, Exactness, Transform, computed
 from normfuse.rewrite.editor import constant
 
 _MOVES = (aten.cat, aten.permute, aten.transpose, aten.slice)
@@ -21,9 +22,9 @@ _LEAST_MOVES = 3
 """Passes over memory that a Gather must save to be worth its place: a lone Transpose is as fast."""
 
 
-def gather_rows(program: Program, edit: Editor) -> None:
+def gather_rows(program: Program, facts: Facts, edit: Editor) -> None:
     """roll, slice, cat, view and permute of one tensor (batch, ..., channels) -> reshape, Gather, reshape."""
-    for node in reversed(list(program.graph.nodes)):
+    for node in reversed(computed(program)):
         if node._erased or not _is_move(node) or all(_is_move(user) for user in node.users):
             continue
         found = _region(node)
@@ -34,7 +35,7 @@ def gather_rows(program: Program, edit: Editor) -> None:
             continue
         index = _index(root, region, node)
         sizes = None if index is None else _sizes(node)
-        if index is None or sizes is None:
+        if index is None or sizes is None or not edit.fire(node):
             continue
         with edit.at(node):
             length = _rows_per_sample(root)
@@ -46,6 +47,9 @@ def gather_rows(program: Program, edit: Editor) -> None:
             table = constant(program, f"normfuse_rows_{node.name}", index)
             moved = edit.call(aten.index_select.default, flat, 1, table)
             edit.replace(node, edit.call(operators.RESHAPE.default, moved, sizes))
+
+
+RULE = Transform("gather_rows", gather_rows, exactness=Exactness.BITWISE)
 
 
 def _moves(node: fx.Node) -> int:

@@ -12,7 +12,7 @@ from normfuse.analysis.layout import is_layout
 from normfuse.graph.node import Dim, argument, aten, dtype, is_getitem, is_one, is_op, is_weight, rank, same_size, shape
 from normfuse.lower.decisions import Choice, nominal
 from normfuse.lower.onnx import operators
-from normfuse.rewrite import Editor, Value
+from normfuse.rewrite import Editor, Exactness, Value, each
 
 
 def gather(node: fx.Node, edit: Editor) -> Value | None:
@@ -105,7 +105,7 @@ def pad_before_pool(node: fx.Node, edit: Editor) -> Value | None:
 _MAX_POOLS = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.max_pool2d_with_indices)
 
 
-def residual(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
+def residual(node: fx.Node, edit: Editor) -> Value | None:
     """A sum that norms alone read is a Sum: of Add and LayerNormalization onnxruntime makes an operator six times slower."""
     if not is_op(node, aten.add) or argument(node, "alpha") != 1 or not node.users:
         return None
@@ -115,7 +115,8 @@ def residual(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
     same = all(same_size(a, b) for a, b in zip(shape(x), shape(y), strict=True))
     if not same or not all(is_op(user, operators.LAYER_NORM, operators.RMS_NORM) for user in node.users):
         return None
-    if choice.decide("sum before a norm", "Sum", "Add", size=_rows_and_channels(node)) == "Add":
+    choice: Choice = edit.choice
+    if choice.decide(edit, "sum before a norm", "Sum", "Add", size=_rows_and_channels(node)) == "Add":
         return None
     with edit.at(node):
         return edit.call(operators.SUM.default, x, y)
@@ -126,8 +127,9 @@ def _rows_and_channels(node: fx.Node) -> tuple[int, int]:
     return max(1, math.prod(rows)), channels
 
 
-def bias_gelu(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
+def bias_gelu(node: fx.Node, edit: Editor) -> Value | None:
     """gelu(x @ w + b) with the bias added by the GELU rather than by the product, where the measurements say so."""
+    choice: Choice = edit.choice
     if choice.target != "onnxruntime" or not is_op(node, aten.gelu) or argument(node, "approximate") != "none":
         return None
     total = argument(node, "self")
@@ -142,7 +144,7 @@ def bias_gelu(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
         return None
     rows, hidden = _rows_and_channels(node)
     size = (rows, nominal(shape(weight))[0], hidden)
-    if choice.decide("gelu after a bias", "Gelu", "BiasGelu", size=size) == "Gelu":
+    if choice.decide(edit, "gelu after a bias", "Gelu", "BiasGelu", size=size) == "Gelu":
         return None
     with edit.at(node):
         return edit.call(operators.BIAS_GELU.default, product, bias)
@@ -216,5 +218,8 @@ def _rounded_up(edit: Editor, x: fx.Node, axis: int, count: int) -> Value:
     return edit.call(operator.floordiv, more, count)
 
 
-EARLY = (zero_pad, pad_before_pool, turned_back, fourier, part)
+EARLY = (*(each(f, Exactness.BITWISE) for f in (zero_pad, pad_before_pool, turned_back)), each(fourier), each(part))
 """What is done on the way in, before other lowerings look."""
+VIEWS = (each(gather, Exactness.BITWISE), each(reshape, Exactness.BITWISE))
+LATE = (each(residual), each(bias_gelu), each(gate_before_norm))
+"""What looks at norms and products in the operators of ONNX."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from normfuse.errors import LoweringError
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import CPU, Choice
 from normfuse.lower.onnx.file.write import build, check_request
+from normfuse.lower.onnx.form import check_tensors, onnx_target
 from normfuse.lower.onnx.run.session import Session, to_ort
+from normfuse.lower.target import Target, settled
+from normfuse.rewrite.record import FiringKey, Log
 
 DEFAULT_PROVIDER = CPU
 _SHARED = 1024
@@ -50,12 +54,23 @@ def check_provider(provider: str = "") -> str:
 class Runtime:
     """A program as an onnxruntime session: flat leaves in, flat leaves out. Calls from several threads may overlap."""
 
-    def __init__(self, program: Program, provider: str = "") -> None:
+    def __init__(
+        self,
+        program: Program,
+        provider: str = "",
+        *,
+        lowered: bool = False,
+        excluded: frozenset[FiringKey] = frozenset(),
+    ) -> None:
+        """`lowered`: the program is a baked form already. `excluded`: lowering firings that are known to be wrong."""
         self.provider = check_provider(provider)
         self.choice = Choice("onnxruntime", check_request("onnxruntime", None), self.provider)
-        model, self.seconds = build(program, self.choice)
+        if not lowered:
+            check_tensors(program)
+            program = settled(onnx_target(self.choice).form(program, Log(excluded=excluded)))
+        model = build(program, self.choice)
         self._inputs = [place for place, leaf in enumerate(program.signature.leaves) if leaf.is_tensor]
-        self._outputs = _places(program)
+        self._outputs = result_places(program)
         self.session = Session(self._session(model))
         self._input_names = [name for name, _, _ in self.session.inputs]
 
@@ -102,7 +117,13 @@ def _share_weights(model: Any) -> tuple[list[str], list[Any]]:
     return names, values
 
 
-def _places(program: Program) -> list[tuple[int | None, Any]]:
+def runtime_target(provider: str = "") -> Target:
+    """ONNX for onnxruntime on this provider, run in a session."""
+    choice = Choice("onnxruntime", check_request("onnxruntime", None), check_provider(provider))
+    return replace(onnx_target(choice), executable=lambda form: Runtime(form, choice.provider, lowered=True))
+
+
+def result_places(program: Program) -> list[tuple[int | None, Any]]:
     """For each output leaf its place among the session's results, or the constant that it is."""
     places: list[tuple[int | None, Any]] = []
     count = 0
