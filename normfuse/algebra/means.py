@@ -18,7 +18,7 @@ from normfuse.analysis.zero_mean import zero_mean
 from normfuse.graph.node import argument, aten, is_op, rank
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.rewrite.editor import Editor, Value
 
 # -- norms whose gain is one number

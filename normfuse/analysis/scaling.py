@@ -14,7 +14,7 @@ from normfuse.analysis.routes import End, Routes
 from normfuse.graph.node import argument, aten, is_op, op_name, rank, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from normfuse.analysis.streams import Writer
 from normfuse.graph.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 
 NORMS = (aten.layer_norm, RMS_NORM)
 

@@ -11,7 +11,7 @@ from torch import fx
 from normfuse.analysis.axes import carried_operands
 from normfuse.graph.node import argument, aten, is_op, positive_axis, rank, shape, value
 from normfuse.graph.program import Program
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 
 
 class ZeroMean:

@@ -13,7 +13,7 @@ from normfuse.evaluate.promote import call, give_back, promote
 from normfuse.graph.node import argument, arguments, aten, is_op, shape
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 
 _LARGE = 1 << 18  # elements: weights above this are computed in blocks of rows
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from normfuse.graph.node import argument, aten, is_op, rank, value
 from normfuse.graph.program import Program
 from normfuse.graph.structure import check_structure
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.rewrite import Editor, Log, Value
 from normfuse.rewrite.decompose import decompose
 

@@ -18,7 +18,7 @@ from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import argument, aten, is_op, rank, readers, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles, weight_only
-from normfuse.ops.norms import STANDARDIZE
+from normfuse.ops.standardize import STANDARDIZE
 from normfuse.recognise.attention.labels import is_look, product_of
 from normfuse.recognise.rows.choose import plan_of
 from normfuse.recognise.rows.experiment import Experiment, numel

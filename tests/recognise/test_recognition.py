@@ -18,7 +18,7 @@ from normfuse.graph.node import argument, aten, is_op
 from normfuse.graph.program import Program
 from normfuse.inventory.inventory import Inventory, take_inventory
 from normfuse.inventory.pattern import KINDS, Pattern
-from normfuse.ops.norms import STANDARDIZE
+from normfuse.ops.standardize import STANDARDIZE
 from normfuse.pipeline.run import Pipeline
 from normfuse.verification.numerics import EXACT
 

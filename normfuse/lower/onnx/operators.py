@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from normfuse.ops import norms as ops
+from normfuse.ops import crms_norm, l2_norm, standardize
 
 _library = torch.library.Library("normfuse_onnx", "DEF")
 
@@ -55,15 +55,15 @@ INSTANCE_NORM = _define(
 
 
 def _standardize(x: Tensor, weight: Tensor, axis: int, eps: float, place: str, centre: bool, ddof: int) -> Tensor:
-    return ops.standardize(x, range(axis, 0), weight, eps=eps, place=place, centre=centre, ddof=ddof)
+    return standardize.reference(x, range(axis, 0), weight, eps=eps, place=place, centre=centre, ddof=ddof)
 
 
 def _crms_norm(x: Tensor, weight: Tensor, axis: int, eps: float) -> Tensor:
-    return ops.crms_norm(x, range(axis, 0), weight, eps=eps)
+    return crms_norm.reference(x, range(axis, 0), weight, eps=eps)
 
 
 def _l2_norm(x: Tensor, axes: list[int], eps: float, place: str) -> Tensor:
-    return ops.l2_norm(x, axes, eps=eps, place=place)
+    return l2_norm.reference(x, axes, eps=eps, place=place)
 
 
 STANDARDIZE = _define(

@@ -13,7 +13,10 @@ from torch import fx
 from normfuse.graph.node import argument, aten, dtype, is_op, rank, shape, value
 from normfuse.lower.decisions import Choice
 from normfuse.lower.onnx import operators
-from normfuse.ops.norms import CRMS_NORM, L2_NORM, RMS_NORM, STANDARDIZE
+from normfuse.ops.crms_norm import CRMS_NORM
+from normfuse.ops.l2_norm import L2_NORM
+from normfuse.ops.rms_norm import RMS_NORM
+from normfuse.ops.standardize import STANDARDIZE
 from normfuse.rewrite import Editor, Value
 from normfuse.rewrite.editor import constant
 
