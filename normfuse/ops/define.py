@@ -44,6 +44,8 @@ class Operator:
     """In the inventory, perhaps by the arguments of a call; None: it is not counted."""
     kinds: tuple[str, ...] = ()
     """Those that a function for `kind` may say."""
+    canonical: bool = True
+    """False: another operator says the same, and stands in canonical graphs."""
     also: tuple[str, ...] = ()
     """Other operators of torch with the same arguments."""
 
@@ -112,6 +114,11 @@ class Operator:
         overload = getattr(self.packet, self.packet.overloads()[0])
         return tuple(a.name for a in overload._schema.arguments)
 
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        overload = getattr(self.packet, self.packet.overloads()[0])
+        return {a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()}
+
     def kind_of(self, given: Given) -> str | None:
         return self.kind(given) if callable(self.kind) else self.kind
 
@@ -134,8 +141,10 @@ def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, axes: Sequence
 
 
 def _along(p: Tensor, ndim: int, axes: Sequence[int]) -> Tensor:
-    sizes = iter(p.shape)
     positions = {a % ndim for a in axes}
+    if not positions or min(positions) + len(positions) == ndim:
+        return p  # along the last axes it broadcasts as it is
+    sizes = iter(p.shape)
     return p.reshape([next(sizes) if i in positions else 1 for i in range(ndim)])
 
 

@@ -39,6 +39,7 @@ OF_TORCH = Operator(
     role="norm",
     kind="rms_norm",
     source=OPERATOR.source,
+    canonical=False,
     axes=trailing,
     shift=None,
     multiple=True,

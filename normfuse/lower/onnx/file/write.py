@@ -22,7 +22,7 @@ from normfuse.errors import LoweringError
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import Choice
 from normfuse.lower.exported import to_exported
-from normfuse.lower.onnx.file.functions import add_functions
+from normfuse.lower.onnx.file.functions import Function, add_functions
 from normfuse.lower.onnx.file.names import CONDITIONS, axis_names, name_values
 from normfuse.lower.onnx.file.translations import translations
 from normfuse.lower.onnx.form import onnx_form
@@ -145,7 +145,6 @@ def build(program: Program, choice: Choice, report: Any = None) -> tuple[Any, di
     seconds["form"] = time.perf_counter() - started
     started = time.perf_counter()
     model = _translate(form, choice)
-    add_functions(model, choice.opset)
     name_values(model, form)
     _describe(model, choice, report)
     if program.signature.conditions:
@@ -169,19 +168,21 @@ def _check_tensors(program: Program) -> None:
 def _translate(form: Program, choice: Choice) -> Any:
     exported = to_exported(form)
     _settle(form)
+    used: dict[str, Function] = {}
     try:
         with _quiet(), torch.no_grad():
             written: Any = torch.onnx.export(
                 exported,
                 dynamo=True,
                 opset_version=choice.opset,
-                custom_translation_table=translations(choice.opset),
+                custom_translation_table=translations(choice.opset, used),
                 verbose=False,
                 optimize=False,  # its fusions are not exact: a rotary embedding whose tables serve every batch breaks
             )
             _clean(written.model)
     except Exception as error:
         raise LoweringError(f"the model cannot be written as ONNX: {_reason(error)}") from error
+    add_functions(written.model, choice.opset, used)
     return written.model
 
 
