@@ -16,6 +16,7 @@ def axes(given: Given, sizes: Sizes) -> Sequence[int]:
 
 
 def function(x: Tensor, groups: int, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float) -> Tensor:
+    """weight * (x - mean) / sqrt(var + eps) + bias over each group of channels and all axes behind them."""
     return torch.nn.functional.group_norm(x, groups, weight, bias, eps)
 
 
@@ -26,6 +27,7 @@ OPERATOR = Operator(
     source="Wu & He 2018, arXiv 1803.08494",
     axes=axes,
     row=False,
+    centred=True,
     odd=True,
     homogeneous=True,
     mean_blind=True,

@@ -15,6 +15,7 @@ def axes(given: Given, sizes: Sizes) -> Sequence[int]:
 
 
 def function(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float) -> Tensor:
+    """weight * (x - mean) / sqrt(var + eps) + bias over all axes behind each channel."""
     return torch.nn.functional.instance_norm(x, weight=weight, bias=bias, eps=eps)
 
 
@@ -25,6 +26,7 @@ OPERATOR = Operator(
     source="Ulyanov et al. 2016, arXiv 1607.08022",
     axes=axes,
     row=False,
+    centred=True,
     odd=True,
     homogeneous=True,
     mean_blind=True,

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from normfuse.ops.define import Given, Operator, Sizes
 
 
 def one_axis(given: Given, sizes: Sizes) -> Sequence[int]:
     return (given["dim"],)
+
+
+def function(x: Tensor, *, axis: int = -1) -> Tensor:
+    """exp(x) over its sum along one axis."""
+    return torch.softmax(x, axis)
 
 
 OPERATOR = Operator(
@@ -25,4 +33,5 @@ OPERATOR = Operator(
     bounded=True,
     sums_to_one=True,
     each=5,
+    function=function,
 )

@@ -20,8 +20,8 @@ _CLOSE = 1e-9
 
 @dataclass(frozen=True)
 class Plan:
-    """A norm to be put in: `target` is "layer_norm", "rms_norm", "standardize", "l2_norm", "crms_norm", "group_norm"
-    or "instance_norm"; a factor that the operator cannot take stands in `times` and `plus` behind it."""
+    """A norm to be put in: `target` is the stem of its record; a factor that the operator cannot take stands in `times`
+    and `plus` behind it."""
 
     kind: str
     target: str

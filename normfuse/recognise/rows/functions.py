@@ -29,7 +29,7 @@ from normfuse.recognise.rows.standardize import Standardised
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
 
 _MOST_ROOTS = 8
-_TIER = {"group_norm": 4, "instance_norm": 4, "layer_norm": 3, "crms_norm": 2, "rms_norm": 2, "l2_norm": 2}
+_TIER = {"group_norm": 4, "instance_norm": 4, "layer_norm": 3}
 
 
 @dataclass(frozen=True)
