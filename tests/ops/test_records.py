@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from normfuse import NormfuseError, functional
+from normfuse.capture.export import capture
+from normfuse.lower.torch import graph_module, plain
 from normfuse.ops import OPERATORS, Operator, operator_named, operator_of, with_operator
 from normfuse.ops.derive import derive, is_callable, page
 
@@ -24,7 +26,7 @@ BY_ARGUMENT = {("standardize", "centred"), ("standardize", "mean_blind")}
 def of(record: Operator) -> Callable[[Tensor], Tensor]:
     function = derive(record)
     named = {name: MORE[name] for name in inspect.signature(function).parameters if name in MORE}
-    return lambda x: function(x, **named)
+    return lambda x: function(x, **{k: v.to(x.dtype) if isinstance(v, Tensor) else v for k, v in named.items()})
 
 
 def rows(record: Operator, y: Tensor) -> Tensor:
@@ -109,3 +111,24 @@ def test_a_record_is_found_by_its_operator_and_by_its_stem() -> None:
     assert operator_of(aten.add.Tensor) is operator_of("output") is operator_of(None) is None
     with pytest.raises(ValueError, match="rms_norm is a known function already"), with_operator(operator_named("rms_norm")):
         pass
+
+
+class All(torch.nn.Module):
+    """Every operator of ours, over an axis whose size is free too."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        whole = [functional.crms_norm(x, eps=1e-3, axis=(1, 2)), functional.standardize(x, eps=0.1, ddof=1, axis=1)]
+        return (*whole, *(of(record)(x) for record in CALLABLE if record.ours))
+
+
+def test_each_is_lowered_to_operators_of_torch() -> None:
+    x = X.float()
+    program = capture(All().eval(), (x,), {})
+    known = {n.target.namespace for n in program.graph.nodes if n.op == "call_function"}  # type: ignore[union-attr]
+    lowered = graph_module(plain(program))
+    assert "normfuse" in known
+    assert {getattr(n.target, "namespace", "") for n in lowered.graph.nodes if n.op == "call_function"} <= {"aten", ""}
+    longer = torch.randn(3, 7, 6) + 0.5
+    for given in (x, longer):
+        for got, wanted in zip(lowered(given), All()(given), strict=True):
+            assert torch.allclose(got, wanted, rtol=1e-5, atol=1e-6)
