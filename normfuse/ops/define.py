@@ -119,6 +119,12 @@ class Operator:
         overload = getattr(self.packet, self.packet.overloads()[0])
         return {a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()}
 
+    @cached_property
+    def alone(self) -> bool:
+        """A row function of ours that needs no argument but its input, axes and eps."""
+        needed = [name for name in self.arguments[1:] if name not in self.defaults and name != self.eps]
+        return self.ours and self.row and self.axes is along_axes and needed == ["axes"]
+
     def kind_of(self, given: Given) -> str | None:
         return self.kind(given) if callable(self.kind) else self.kind
 

@@ -232,3 +232,32 @@ def test_it_has_a_page() -> None:
     text = page(CUBIC)
     assert "normfuse.functional.cubic_norm(x, weight=None, bias=None, *, eps, axis=-1, kernel='auto')" in text
     assert "weight * x / cbrt(mean(|x|**3, axes) + eps) + bias." in text and "- Source: nowhere" in text
+
+
+def sunk(x: Tensor, axes: Sequence[int], sink: Tensor, *, eps: float) -> Tensor:
+    """x / sqrt(mean(x**2, axes) + sink**2 + eps)."""
+    return x / torch.sqrt(x.square().mean(list(axes), keepdim=True) + sink.square() + eps)
+
+
+class CalledWithSink(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.sink = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.sunk_norm(x, self.sink, eps=EPS, axis=1)
+
+
+def test_a_function_of_more_tensors_goes_by_its_name(tmp_path: Path) -> None:
+    """It is not looked for, and ONNX gets it in pieces."""
+    record = Operator(
+        "sunk_norm", "(Tensor x, int[] axes, Tensor sink, *, float eps) -> Tensor", sunk, role="norm",
+        kind="sunk_norm", source="nowhere", gain=None, shift=None, odd=True, bounded=True, multiple=True, each=4,
+    )  # fmt: skip
+    model, path = CalledWithSink().eval(), tmp_path / "sunk.onnx"
+    with with_operator(record):
+        [pattern] = normfuse.inspect(model, (X,)).patterns
+        told = normfuse.export_onnx(model, path, (X,))
+        assert runs.file_error(model, [((torch.randn_like(X),), {}) for _ in range(8)], path) <= 2
+    assert (pattern.kind, pattern.axes, pattern.eps) == ("sunk_norm", (-2,), EPS)
+    assert told.count("Sqrt") == 1 and runs.domains(path) <= {"", "ai.onnx"}

@@ -47,7 +47,7 @@ def identify_by_reference(draws: Standardisation, root: fx.Node, rows: Rows) -> 
 
 
 def _candidates() -> Iterator[Operator]:
-    return (r for r in operators() if r.ours and r.row and r.by_reference and r.axes_of({"axes": [-1]}, (1, 1)) == (-1,))
+    return (record for record in operators() if record.alone and record.by_reference)
 
 
 class _Trial:

@@ -90,7 +90,7 @@ def _titled(word: str) -> str:
 def derivable(record: Operator, options: str) -> bool:
     """Has the function a body in standard operators?"""
     try:
-        return record.row and bool(Function(record.stem, options).body(18))
+        return record.alone and bool(Function(record.stem, options).body(18))
     except Underivable:
         return False
 

@@ -47,11 +47,12 @@ def lower_norm(node: fx.Node, edit: Editor, choice: Choice) -> Value | None:
 def _function(node: fx.Node, edit: Editor) -> Value | None:
     """A known function that ONNX has no operator for, if its record gives a body; gain and shift stand behind it."""
     record = operator_of(node.target)
-    if record is None or not record.ours or not record.row:
+    if record is None or not record.alone:
         return None
-    given, told = arguments(node), {record.gain, record.shift, record.eps, *record.arguments[:2]}
-    options = json.dumps({k: v for k, v in given.items() if k not in told and v != record.defaults[k]}, sort_keys=True)
-    if not derivable(record, options):
+    given, told = arguments(node), {record.arguments[0], "axes", record.gain, record.shift, record.eps}
+    more = {name: option for name, option in given.items() if name not in told and option != record.defaults[name]}
+    options = json.dumps(more, sort_keys=True, default=str)
+    if any(isinstance(option, fx.Node) for option in more.values()) or not derivable(record, options):
         return None
     x = given[record.arguments[0]]
     axes, eps = record.axes_of(given, shape(x)), record.eps_of(given)
