@@ -19,7 +19,7 @@ from normfuse.analysis.streams import Reader, ends_of
 from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 

@@ -25,7 +25,7 @@ from normfuse.analysis.zero_mean import zero_mean
 from normfuse.graph.node import argument, is_op, op_name, rank, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 FORMS = ("drop_last", "householder")

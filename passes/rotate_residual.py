@@ -30,7 +30,7 @@ from normfuse.analysis.writers import writers
 from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import CRMS_NORM, RMS_NORM
+from normfuse.ops import crms_norm, rms_norm
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 Make = Callable[[Program, Stream | None, int], Tensor | str]
@@ -62,7 +62,7 @@ def configured(
         spread = random_orthogonal(width, seed) if kind == "random" else hadamard_rotation(width, seed)
         if found is None or not kind.startswith("klt"):
             return f"no Hadamard matrix of size {width} is known here: use kind='random'" if spread is None else spread
-        read = {n: axis for n, axis in found.tensors.items() if any(is_op(user, RMS_NORM) for user in n.users)}
+        read = {n: axis for n, axis in found.tensors.items() if any(is_op(user, rms_norm.RMS_NORM) for user in n.users)}
         basis = principal_axes(program, read, examples, "rotate_residual: covariance")
         return basis if kind == "klt" or spread is None else basis @ spread
 
@@ -79,8 +79,8 @@ def configured(
 
 def _rotate_streams(program: Program, facts: Facts, edit: Editor, make: Make) -> None:
     done: set[fx.Node] = set()
-    plain = frozenset(n for n in program.graph.nodes if is_op(n, RMS_NORM) and _is_plain(n))
-    for norm in [n for n in program.graph.nodes if is_op(n, RMS_NORM, CRMS_NORM, aten.layer_norm)]:
+    plain = frozenset(n for n in program.graph.nodes if is_op(n, rms_norm.RMS_NORM) and _is_plain(n))
+    for norm in [n for n in program.graph.nodes if is_op(n, rms_norm.RMS_NORM, crms_norm.CRMS_NORM, aten.layer_norm)]:
         if norm in done or norm in facts(weight_only):
             continue
         found = stream_of(norm.args[0], rank(norm) - 1, facts(weight_only), plain)  # type: ignore[arg-type]
@@ -103,9 +103,9 @@ def _blocker(found: Stream, facts: Facts) -> str | None:
         node, where = reader.node, f"{op_name(reader.node)} at {site(reader.node)}"
         if is_op(node, aten.layer_norm):
             return f"the stream is read by {where}: run layer_norm_to_rms_norm before"
-        if is_op(node, CRMS_NORM):
+        if is_op(node, crms_norm.CRMS_NORM):
             return f"the {where} needs its own basis: use the householder form of rms_norm_to_crms_norm"
-        if is_op(node, RMS_NORM):
+        if is_op(node, rms_norm.RMS_NORM):
             return f"the {where} has a gain or other axes: run fold_norm_affine before"
         if node.op == "output":
             return "a tensor of the stream is an output of the model"

@@ -57,7 +57,8 @@ def forbid(imported: Iterable[Import], wrong: Callable[[Import], bool]) -> None:
 
 
 ORDER = (
-    ("errors", "progress", "ops"),
+    ("errors", "progress"),
+    ("ops",),
     ("files", "graph"),
     ("capture", "evaluate", "show"),
     ("analysis", "weights"),

@@ -12,13 +12,13 @@ from normfuse.algebra.forward import taken
 from normfuse.analysis import Facts
 from normfuse.analysis.projections import projection
 from normfuse.analysis.reach import End
+from normfuse.analysis.row_functions import norm_over_last
 from normfuse.analysis.signs import same_everywhere
 from normfuse.analysis.streams import Reader, Stream, Writer, ends_of
 from normfuse.analysis.zero_mean import zero_mean
 from normfuse.graph.node import argument, aten, is_op, rank
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
 from normfuse.rewrite.editor import Editor, Value
 
 # -- norms whose gain is one number
@@ -35,11 +35,8 @@ def even_writers(program: Program, stream: Stream, facts: Facts) -> dict[Writer,
 
 def _is_even(program: Program, writer: Writer, facts: Facts) -> bool:
     node, last = writer.node, rank(writer.node) - 1
-    if writer.axis != last or not is_op(node, aten.layer_norm, RMS_NORM):
-        return False
-    if is_op(node, aten.layer_norm) and len(argument(node, "normalized_shape")) != 1:
-        return False
-    if is_op(node, RMS_NORM) and (list(argument(node, "axes")) != [-1] or not facts(zero_mean)(node.args[0], last)):  # type: ignore[arg-type]
+    record = norm_over_last(node) if writer.axis == last else None
+    if record is None or not (record.centred or (record.multiple and facts(zero_mean)(node.args[0], last))):  # type: ignore[arg-type]
         return False
     gain, shift = argument(node, "weight"), argument(node, "bias")
     if any(p is not None and (p not in facts(weight_only) or rank(p) != 1) for p in (gain, shift)):

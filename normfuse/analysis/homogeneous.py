@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import fx
 
 from normfuse.analysis.projections import projection
 from normfuse.analysis.streams import Writer
 from normfuse.analysis.writers import Writers
 from normfuse.graph.node import argument, arguments, aten, is_getitem, is_op, op_name, rank, readers, site
+from normfuse.ops import operator_of
 
-NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm, aten.batch_norm, aten.group_norm)
 _PRODUCTS = (aten.mul, aten.matmul, aten.bmm)
 _SUMS = (aten.add, aten.sub)
 _ALONE = (
@@ -64,7 +63,8 @@ def _visit(node: fx.Node, found: Sources, known: Writers) -> str | None:
     if projection(node, None, known.weights) is not None or _is_lookup(node, known):
         found.writers.append(Writer(node, 1 if is_op(node, *_CONVOLVING) else rank(node) - 1))
         return None
-    if is_op(node, *NORMS) and argument(node, "weight") in known.weights:
+    record = operator_of(node.target)
+    if record is not None and record.role == "norm" and record.gain and argument(node, record.gain) in known.weights:
         found.norms.append(node)
         return None
     if is_op(node, *_PRODUCTS):

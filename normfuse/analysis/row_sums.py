@@ -12,10 +12,12 @@ import math
 import torch
 from torch import Tensor, fx
 
+from normfuse.analysis.row_functions import over_last
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import argument, arguments, aten, is_op, op_name, rank, same_size, shape, site, value
+from normfuse.graph.node import argument, arguments, aten, is_op, op_name, same_size, shape, site, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
+from normfuse.ops import operator_of
 
 Bounds = tuple[float, float]
 
@@ -46,10 +48,10 @@ def _why_no_softmax(node: object, mix: fx.Node) -> str | None:
         node = node.args[0]
     if not isinstance(node, fx.Node):
         return f"nothing says that the rows at {site(mix)} sum to one"
-    if not is_op(node, aten.softmax, aten._softmax):
+    record = operator_of(node.target)
+    if record is None or not record.sums_to_one:
         return f"{op_name(node)} at {site(node)} stands between the softmax and the values"
-    last = argument(node, "dim") % rank(node) == rank(node) - 1
-    return None if last else f"the softmax at {site(node)} runs over another axis"
+    return None if over_last(node) else f"the softmax at {site(node)} runs over another axis"
 
 
 def _keeps_rows(node: fx.Node) -> bool:

@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from normfuse.analysis.heads import also_used
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.routes import End, Routes
-from normfuse.graph.node import argument, aten, is_op, op_name, rank, shape, site
+from normfuse.analysis.row_functions import norm_over_last
+from normfuse.graph.node import argument, op_name, rank, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,8 @@ def _writers(program: Program) -> Iterator[fx.Node]:
     weights = weight_only(program)
     for node in list(program.graph.nodes):
         writer = projection(node, None, weights)
-        norm = is_op(node, aten.layer_norm, RMS_NORM) and _is_over_last(node)
-        if ((writer is not None and writer.groups == 1) or norm) and node not in weights:
+        if ((writer is not None and writer.groups == 1) or norm_over_last(node)) and node not in weights:
             yield node
-
-
-def _is_over_last(node: fx.Node) -> bool:
-    return len(argument(node, "axes" if is_op(node, RMS_NORM) else "normalized_shape")) == 1
 
 
 def _axis(node: fx.Node, writer: Projection | None) -> int:

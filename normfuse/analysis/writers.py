@@ -10,13 +10,11 @@ from torch import fx
 
 from normfuse.analysis.axes import carried_operands
 from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED
+from normfuse.analysis.row_functions import norm_over_last
 from normfuse.analysis.streams import Writer
 from normfuse.graph.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.norms import RMS_NORM
-
-NORMS = (aten.layer_norm, RMS_NORM)
 
 
 class Writers:
@@ -82,10 +80,8 @@ class Writers:
 
     def normed_embedding(self, node: fx.Node, axis: int) -> fx.Node | None:
         """norm(embedding(E, ids)) is embedding(norm(E), ids) if the norm alone reads the embedding: that embedding."""
-        if not is_op(node, *NORMS) or axis != rank(node) - 1:
-            return None
-        source, over = node.args[0], argument(node, "normalized_shape" if is_op(node, aten.layer_norm) else "axes")
-        if not isinstance(source, fx.Node) or not is_op(source, aten.embedding) or len(over) != 1:
+        source = node.args[0] if axis == rank(node) - 1 and norm_over_last(node) else None
+        if not isinstance(source, fx.Node) or not is_op(source, aten.embedding):
             return None
         plain = argument(source, "weight") in self.weights and readers(source) == (node,)
         return source if plain else None

@@ -9,9 +9,10 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands
-from normfuse.graph.node import argument, aten, is_op, positive_axis, rank, shape, value
+from normfuse.analysis.row_functions import over_last
+from normfuse.graph.node import argument, arguments, aten, is_op, positive_axis, rank, shape, value
 from normfuse.graph.program import Program
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 
 
 class ZeroMean:
@@ -64,14 +65,14 @@ def _affine(weight: fx.Node, axis: int, bias: fx.Node | None) -> list[tuple[fx.N
 
 def _normed(node: fx.Node) -> list[tuple[fx.Node, int]] | None:
     """A norm of what has no mean (of anything, for LayerNorm), by a gain that is one number, and its shift."""
-    if not is_op(node, aten.layer_norm, RMS_NORM):
+    record = over_last(node)
+    if record is None or not (record.centred or record.multiple):
         return None
-    layer_norm = is_op(node, aten.layer_norm)
-    gain, shift = argument(node, "weight"), argument(node, "bias")
-    last = len(argument(node, "normalized_shape")) == 1 if layer_norm else list(argument(node, "axes")) == [-1]
-    if not last or not _is_one_number(gain):
+    given = arguments(node)
+    gain, shift = (given[name] if name else None for name in (record.gain, record.shift))
+    if not _is_one_number(gain):
         return None
-    source = [] if layer_norm else [(argument(node, "x"), rank(node) - 1)]
+    source = [] if record.centred else [(given[record.arguments[0]], rank(node) - 1)]
     return source + ([] if shift is None else [(shift, rank(shift) - 1)])
 
 

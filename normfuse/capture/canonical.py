@@ -19,7 +19,7 @@ from normfuse.graph.node import argument, arguments, aten, dtype, expression, is
 from normfuse.graph.program import Kind, Origin, Program
 from normfuse.graph.roles import constants
 from normfuse.graph.signature import Leaf, Signature
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 
 _KINDS: dict[InputKind, Kind] = {
     InputKind.PARAMETER: "parameter",

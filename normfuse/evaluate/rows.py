@@ -13,7 +13,7 @@ from normfuse.evaluate.promote import call, give_back, promote
 from normfuse.graph.node import argument, arguments, aten, is_op, shape
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops import operator_of
 
 _LARGE = 1 << 18  # elements: weights above this are computed in blocks of rows
 
@@ -34,9 +34,6 @@ _ROWWISE_MAPS = (aten.matmul, aten.mm)
 
 
 _ROWWISE_REDUCTIONS = (aten.mean, aten.sum, aten.var, aten.std, aten.linalg_vector_norm, aten.amax)
-
-
-_ROWWISE_NORMS = (aten.layer_norm, RMS_NORM)
 
 
 _ROWWISE_VIEWS = (aten.view, aten.reshape)
@@ -139,7 +136,8 @@ class Weights:
         if is_op(node, *_ROWWISE_MAPS):
             right = node.args[1]
             return isinstance(right, fx.Node) and len(shape(right)) == 2
-        if is_op(node, *_ROWWISE_NORMS):
+        record = operator_of(node.target)
+        if record is not None and record.row and -len(sizes) not in record.axes_of(arguments(node), sizes):
             return all(not self._has_rows(n, sizes) for n in node.all_input_nodes[1:])
         return False
 

@@ -30,7 +30,7 @@ from normfuse.graph.node import (
 from normfuse.graph.program import Program
 from normfuse.graph.roles import is_view, weight_only
 from normfuse.inplace.slots import Slots, same_program
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.rewrite.record import FiringKey
 
 NORMS = (aten.layer_norm, RMS_NORM, aten.batch_norm)

@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import argument, arguments, aten, is_op, value
+from normfuse.graph.node import argument, arguments, value
+from normfuse.ops import Operator
 
-# Operations on each element, without gain and shift: a LayerNorm adds up, centres, squares, adds up, and scales.
-_EACH = {
-    "layer_norm": 5, "group_norm": 5, "instance_norm": 5, "rms_norm": 3, "crms_norm": 4, "l2_norm": 3, "batch_norm": 2,
-    "softmax": 5, "dyt": 2, "derf": 3, "weight_norm": 3, "spectral_norm": 1, "weight_standardization": 5,
-}  # fmt: skip
-_FACTORS = ("weight", "bias", "offset")
+_WEIGHTS = {"weight_norm": 3, "spectral_norm": 1, "weight_standardization": 5}
+"""Operations on each element of weights that are normalised."""
 
 
 def bytes_of(node: fx.Node) -> int:
@@ -27,15 +24,12 @@ def bytes_of(node: fx.Node) -> int:
     return sum(_bytes(n) for n in (*node.all_input_nodes, node))
 
 
-def flop_of(kind: str, node: fx.Node) -> int:
-    """Operations of one call. Inference folds the statistics of a batch norm into its gain and shift."""
-    if is_op(node, aten.scaled_dot_product_attention):
+def flop_of(record: Operator, node: fx.Node) -> int:
+    """Operations of one call of a known function."""
+    if record.role == "attention":
         return _attention(node)
     given = arguments(node)
-    folded = kind == "batch_norm"
-    factors = 0 if folded else sum(given.get(name) is not None for name in _FACTORS)
-    each = _EACH["softmax"] if kind == "attention" else _EACH.get(kind, 0)  # over one key, only the softmax is there
-    return (each + factors) * count(node)
+    return (record.each_of(given) + sum(given.get(name) is not None for name in record.factors)) * count(node)
 
 
 def _attention(node: fx.Node) -> int:
@@ -49,7 +43,7 @@ def _attention(node: fx.Node) -> int:
 
 def weight_cost(kind: str, node: fx.Node) -> tuple[int, int]:
     """(bytes, operations) of a normalised weight, as the model itself computes it at every call."""
-    return 2 * _bytes(node), _EACH.get(kind, 0) * count(node)
+    return 2 * _bytes(node), _WEIGHTS.get(kind, 0) * count(node)
 
 
 def count(node: fx.Node) -> int:

@@ -9,33 +9,17 @@ from typing import Any
 
 from torch import fx
 
-from normfuse.graph.node import argument, arguments, aten, is_op, rank, readers, shape, site
+from normfuse.graph.node import argument, arguments, aten, is_op, readers, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.inventory.costs import bytes_of, flop_of, weight_cost
-from normfuse.inventory.pattern import KINDS, Pattern
+from normfuse.inventory.pattern import Pattern, kinds
 from normfuse.inventory.placement import Placement
 from normfuse.inventory.table import page_of
-from normfuse.ops.norms import CRMS_NORM, L2_NORM, RMS_NORM, STANDARDIZE
-from normfuse.ops.softmax import SOFTMAX_OVER
-from normfuse.ops.squash import DERF, DYT
+from normfuse.ops import Operator, operator_of
 from normfuse.recognise.attention.one_key import is_over_one_key
 from normfuse.recognise.rows.weights import weight_patterns
 from normfuse.show.page import Page
-
-_OPERATORS = {
-    "layer_norm": (aten.layer_norm,),
-    "rms_norm": (RMS_NORM, aten.rms_norm),
-    "crms_norm": (CRMS_NORM,),
-    "l2_norm": (L2_NORM,),
-    "dyt": (DYT,),
-    "derf": (DERF,),
-    "batch_norm": (aten.batch_norm,),
-    "group_norm": (aten.group_norm,),
-    "instance_norm": (aten.instance_norm,),
-    "softmax": (aten.softmax, aten._softmax, aten.log_softmax, SOFTMAX_OVER),
-    "attention": (aten.scaled_dot_product_attention,),
-}  # fmt: skip
 
 
 @dataclass
@@ -48,9 +32,10 @@ class Inventory:
 
     def count(self, kind: str) -> int:
         """How many patterns of a kind there are. Raises `ValueError` for a kind that does not exist."""
-        if kind not in KINDS:
-            raise ValueError(f"there is no kind {kind!r}: the kinds are {', '.join(KINDS)}")
-        return sum(1 for p in self.patterns if p.kind == kind)
+        found = self.counts()[kind]
+        if not found and kind not in kinds():
+            raise ValueError(f"there is no kind {kind!r}: the kinds are {', '.join(kinds())}")
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: counts by kind, totals, every pattern."""
@@ -84,8 +69,9 @@ def take_inventory(program: Program, model: str = "") -> Inventory:
 def _unnamed(program: Program) -> Iterator[str]:
     """Norms that are one operator, but none of the kinds."""
     for node in program.graph.nodes:
-        if is_op(node, STANDARDIZE) and argument(node, "ddof"):
-            axes, eps = argument(node, "axes"), argument(node, "eps")
+        record = operator_of(node.target)
+        if record is not None and (given := arguments(node)).get("ddof") and record.kind_of(given) is None:
+            axes, eps = list(record.axes_of(given, shape(node))), record.eps_of(given)
             yield f"{site(node)} divides by the unbiased deviation over {axes} (eps {eps}): a norm, but none of the kinds"
 
 
@@ -116,52 +102,31 @@ def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
 
 
 def _kind(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:
-    if is_op(node, STANDARDIZE):
-        if argument(node, "ddof"):
-            return None  # by another deviation: no norm of that name, though it is one operator now
-        return "layer_norm" if argument(node, "centre") else "rms_norm"
-    if is_op(node, aten.batch_norm) and (argument(node, "training") or argument(node, "running_mean") not in weights):
+    record = operator_of(node.target)
+    if record is None or any(argument(node, name) not in weights for name in record.fixed):
         return None
-    if is_over_one_key(node):
-        return "attention"
-    return next((kind for kind, packets in _OPERATORS.items() if is_op(node, *packets)), None)
+    return "attention" if is_over_one_key(node) else record.kind_of(arguments(node))
 
 
 def _pattern(kind: str, node: fx.Node, placement: Placement, weights: frozenset[fx.Node]) -> Pattern:
-    axes, eps = _axes_and_eps(kind, node)
-    role = "other" if kind in ("softmax", "attention") else placement(node)
-    return Pattern(kind, site(node), axes, eps, _affine(kind, node, weights), role, bytes_of(node), flop_of(kind, node))
+    record = operator_of(node.target)
+    assert record is not None
+    given, counted = arguments(node), kind == record.kind_of(arguments(node))
+    axes, eps = (record.axes_of(given, shape(node)), record.eps_of(given)) if counted else ((), None)
+    role = placement(node) if record.role in ("norm", "squash") else "other"
+    cost = bytes_of(node), flop_of(record, node)
+    return Pattern(kind, site(node), axes, eps, _affine(record, node, weights), role, *cost)
 
 
-def _axes_and_eps(kind: str, node: fx.Node) -> tuple[tuple[int, ...], float | None]:
-    if is_op(node, aten.layer_norm, aten.rms_norm):
-        return tuple(range(-len(argument(node, "normalized_shape")), 0)), argument(node, "eps")
-    if is_op(node, RMS_NORM, STANDARDIZE, CRMS_NORM, L2_NORM):
-        return tuple(argument(node, "axes")), argument(node, "eps")
-    if is_op(node, SOFTMAX_OVER):
-        return tuple(argument(node, "axes")), None
-    if kind == "softmax" and is_op(node, *_OPERATORS["softmax"]):
-        return (_negative(int(argument(node, "dim")), node),), None
-    if kind in ("batch_norm", "instance_norm", "group_norm"):
-        first = {"batch_norm": (0, *range(2, rank(node))), "group_norm": tuple(range(1, rank(node)))}
-        if kind == "group_norm" and argument(node, "num_groups") == shape(node)[1]:
-            first = {}
-        axes = first.get(kind, tuple(range(2, rank(node))))
-        return tuple(_negative(a, node) for a in axes), argument(node, "eps")
-    return (), None
-
-
-def _negative(axis: int, node: fx.Node) -> int:
-    return axis - rank(node) if axis >= 0 else axis
-
-
-def _affine(kind: str, node: fx.Node, weights: frozenset[fx.Node]) -> str:
+def _affine(record: Operator, node: fx.Node, weights: frozenset[fx.Node]) -> str:
     """Gain and shift of the model: the operator's own, or those that follow it."""
-    if kind in ("softmax", "attention", "weight_norm"):
+    if record.role not in ("norm", "squash"):
         return ""
-    own = {name for name in ("weight", "bias") if arguments(node).get(name) in weights}
-    has = own | _following(node, weights) if kind not in ("dyt", "derf") else own
-    return " and ".join(name for name in ("weight", "bias") if name in has) or "none"
+    names = {"weight": record.gain, "bias": record.shift}
+    has = {name for name, own in names.items() if own is not None and argument(node, own) in weights}
+    if record.role == "norm":
+        has |= _following(node, weights)
+    return " and ".join(name for name in names if name in has) or "none"
 
 
 _LOOKS = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.to, aten._to_copy, aten.type_as, aten.permute,
@@ -184,4 +149,4 @@ def _following(node: fx.Node, weights: frozenset[fx.Node]) -> set[str]:
     return found
 
 
-__all__ = ["KINDS", "Inventory", "Pattern", "take_inventory"]
+__all__ = ["Inventory", "Pattern", "kinds", "take_inventory"]

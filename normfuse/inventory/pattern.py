@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-KINDS = (
-    "layer_norm", "rms_norm", "crms_norm", "l2_norm", "batch_norm", "group_norm", "instance_norm", "softmax", "attention",
-    "weight_norm", "spectral_norm", "weight_standardization", "rep_batch_norm", "unified_norm", "power_norm", "dyt", "derf",
-    "branches", "lora",
+from normfuse.ops import operators
+
+_WITHOUT_OPERATOR = (
+    "weight_norm", "spectral_norm", "weight_standardization", "rep_batch_norm", "unified_norm", "power_norm", "branches",
+    "lora",
 )  # fmt: skip
+
+
+def kinds() -> tuple[str, ...]:
+    """All kinds there are: those of the known functions, and those of what is no operator."""
+    own = [k for record in operators() for k in ([record.kind] if isinstance(record.kind, str) else record.kinds)]
+    return tuple(dict.fromkeys([*own, *_WITHOUT_OPERATOR]))
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,8 @@ from torch import fx
 from normfuse.graph.node import aten, is_op, readers
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
-from normfuse.ops.norms import CRMS_NORM, RMS_NORM, STANDARDIZE
+from normfuse.ops import operator_of
 
-_NORMS = (aten.layer_norm, aten.rms_norm, aten.batch_norm, aten.group_norm, RMS_NORM, CRMS_NORM, STANDARDIZE)
 _LOOKS = (
     aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.movedim, aten.contiguous,
     aten.squeeze, aten.unsqueeze, aten.clone, aten.t, aten.roll, aten.dropout, aten.to, aten._to_copy, aten.type_as,
@@ -36,7 +35,7 @@ class Placement:
         self.constants = constants(program)
         self._before: set[fx.Node] = set()  # what a norm depends on
         for node in reversed(program.graph.nodes):
-            if is_op(node, *_NORMS) or node in self._before:
+            if _is_norm(node) or node in self._before:
                 self._before.update(node.all_input_nodes)
 
     def __call__(self, node: fx.Node) -> str:
@@ -49,7 +48,7 @@ class Placement:
         others = [n for n in self._ends(source) if n is not node]
         if self._is_embedding(source) and not is_op(node, aten.batch_norm):
             return "pre" if others else "embedding"
-        if any(is_op(n, aten.add, *_NORMS) for n in others):
+        if any(is_op(n, aten.add) or _is_norm(n) for n in others):
             return "pre"
         sums = [n for n in mine if is_op(n, aten.add)]
         if is_op(source, aten.add):
@@ -69,7 +68,7 @@ class Placement:
     def _is_post(self, operand: fx.Node) -> bool:
         """The norm of a residual sum that goes on as the stream."""
         norm = self._origin(operand)
-        if not is_op(norm, *_NORMS) or len(self._ends(norm)) < 2:
+        if not _is_norm(norm) or len(self._ends(norm)) < 2:
             return False
         return is_op(self._origin(norm.all_input_nodes[0]), aten.add)
 
@@ -128,6 +127,12 @@ class Placement:
             return False
         origins = {self._origin(n) for n in source.all_input_nodes}
         return len(origins) == 1 and all(is_op(n, aten.add) for n in origins)
+
+
+def _is_norm(node: fx.Node) -> bool:
+    """A division by the length alone is no norm of a stream: a head may well end in one."""
+    record = operator_of(node.target)
+    return record is not None and record.role == "norm" and record.gain is not None
 
 
 def _feeds_scores(node: fx.Node) -> bool:

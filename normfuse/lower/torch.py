@@ -15,7 +15,7 @@ from normfuse.graph.node import argument, aten, is_op, rank, value
 from normfuse.graph.program import Program
 from normfuse.lower import pieces
 from normfuse.lower.target import Target
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.rewrite import Editor, Rule, Value, each
 from normfuse.rewrite.record import FiringKey, Log
 

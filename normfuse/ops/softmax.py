@@ -1,4 +1,4 @@
-"""Softmax along several axes at once."""
+"""Softmax along one axis, torch's own."""
 
 from __future__ import annotations
 
@@ -7,18 +7,31 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from normfuse.ops.define import library, widened
-
-library.define("softmax_over(Tensor x, int[] axes) -> Tensor")
+from normfuse.ops.define import Given, Operator, Sizes
 
 
-def softmax_over(x: Tensor, axes: Sequence[int]) -> Tensor:
-    """exp(x) over its sum along several axes at once."""
-    wide, over = widened(x), list(axes)
-    e = torch.exp(wide - wide.amax(over, keepdim=True))
-    return (e / e.sum(over, keepdim=True)).to(x.dtype)
+def one_axis(given: Given, sizes: Sizes) -> Sequence[int]:
+    return (given["dim"],)
 
 
-library.impl("softmax_over", softmax_over, "CompositeImplicitAutograd")
+def function(x: Tensor, *, axis: int = -1) -> Tensor:
+    """exp(x) over its sum along one axis."""
+    return torch.softmax(x, axis)
 
-SOFTMAX_OVER = torch.ops.normfuse.softmax_over
+
+OPERATOR = Operator(
+    "softmax",
+    role="softmax",
+    kind="softmax",
+    source="METHODS 3.1",
+    also=("_softmax",),
+    axes=one_axis,
+    gain=None,
+    shift=None,
+    eps=None,
+    mean_blind=True,
+    bounded=True,
+    sums_to_one=True,
+    each=5,
+    function=function,
+)

@@ -62,7 +62,7 @@ class Source:
             self.drawn = made.inputs, made.reference64, made.original
             return made
         more = islice(draws(captured.signature, self.example, _accepts(run, captured)), len(self.drawn[0]), None)
-        return Trials(captured, run, more, *map(list, self.drawn))
+        return Trials(captured, lambda leaves: run(cloned(leaves)), more, *map(list, self.drawn))
 
     def _whole(self, program: Program) -> Program | None:
         model = self.model()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import normfuse
 from normfuse.graph.node import aten, is_op
 from normfuse.models import bert, convnext, gpt, llama, vit
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.passes import layer_norm_to_rms_norm, migrate_scales, rms_norm_to_crms_norm, rotate_residual
 from tests.passes.test_migrate_scales import ReluNet, lognormal, relu_inputs
 from tests.support import assert_same_function, ids, image, operators, optimized, randomised, reasons

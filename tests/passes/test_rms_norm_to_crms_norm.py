@@ -11,7 +11,8 @@ from torch import nn
 import normfuse
 from normfuse.graph.node import aten, is_op, shape
 from normfuse.models import gpt, llama, neox, vit
-from normfuse.ops.norms import CRMS_NORM, RMS_NORM
+from normfuse.ops.crms_norm import CRMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.passes import rms_norm_to_crms_norm, rotate_residual
 from normfuse.rewrite import Rule
 

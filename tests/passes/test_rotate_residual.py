@@ -17,7 +17,7 @@ from normfuse.graph.node import aten, is_op
 from normfuse.graph.program import Program
 from normfuse.models import gpt, llama, neox, vit
 from normfuse.models._random import randomized
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.passes import rotate_residual
 from normfuse.rewrite import Rule
 

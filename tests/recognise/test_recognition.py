@@ -17,8 +17,8 @@ from normfuse.evaluate.float64 import run_float64
 from normfuse.graph.node import argument, aten, is_op
 from normfuse.graph.program import Program
 from normfuse.inventory.inventory import Inventory, take_inventory
-from normfuse.inventory.pattern import KINDS, Pattern
-from normfuse.ops.norms import STANDARDIZE
+from normfuse.inventory.pattern import Pattern, kinds
+from normfuse.ops.standardize import STANDARDIZE
 from normfuse.pipeline.run import Pipeline
 from normfuse.verification.numerics import EXACT
 
@@ -48,7 +48,7 @@ def _by_name(name: str) -> tuple[Program, Program, Inventory]:
 
 
 def _count(kind: str, program: Program, inventory: Inventory) -> int:
-    if kind in KINDS:
+    if kind in kinds():
         return inventory.count(kind)
     return sum(is_op(node, getattr(aten, kind)) for node in program.graph.nodes)
 
@@ -72,7 +72,7 @@ def test_with_its_axes_and_its_eps(spelling: Spelling) -> None:
     for pattern in _mine(spelling):
         if spelling.axes:
             assert pattern.axes in (spelling.axes, spelling.outer_axes)
-        if spelling.eps is not None and spelling.kind in KINDS:
+        if spelling.eps is not None and spelling.kind in kinds():
             # a buffer holds eps rounded to the dtype of the model; without one, None says so too
             assert math.isclose(pattern.eps or 0.0, spelling.eps, rel_tol=1e-6)
 

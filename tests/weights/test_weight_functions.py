@@ -140,3 +140,20 @@ def test_norm_free_networks_of_timm_hold_no_norm() -> None:
         model = randomise(import_timm().create_model("test_nfnet").eval(), (example, {}))
     result = optimized(model, *example)
     assert "batch_norm" not in operators(result)
+
+
+class WholeNorm(nn.Linear):
+    """A weight so large that it is baked in blocks of rows, normalised over all of them at once."""
+
+    def __init__(self) -> None:
+        super().__init__(600, 600, bias=False)
+        with torch.no_grad():
+            self.weight.mul_(torch.linspace(1, 5, 600)[:, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, F.layer_norm(self.weight, self.weight.shape))
+
+
+def test_a_norm_over_the_rows_too_is_not_computed_row_by_row() -> None:
+    found = optimized(WholeNorm().eval(), torch.randn(2, 600), passes=[NAME])
+    assert found.report.fired[NAME] == 1 and "layer_norm" not in operators(found)

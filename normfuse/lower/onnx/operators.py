@@ -6,6 +6,7 @@ They exist only inside `write_onnx`. The exporter decomposes what it does not kn
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from normfuse.ops import norms as ops
+from normfuse.ops import operator_named
 
 _library = torch.library.Library("normfuse_onnx", "DEF")
 
@@ -54,26 +55,14 @@ INSTANCE_NORM = _define(
 )
 
 
-def _standardize(x: Tensor, weight: Tensor, axis: int, eps: float, place: str, centre: bool, ddof: int) -> Tensor:
-    return ops.standardize(x, range(axis, 0), weight, eps=eps, place=place, centre=centre, ddof=ddof)
+def _function(x: Tensor, stem: str, axes: list[int], eps: float, options: str) -> Tensor:
+    record = operator_named(stem)
+    assert record.reference is not None
+    return record.reference(x, axes, **({record.eps: eps} if record.eps else {}), **json.loads(options))
 
 
-def _crms_norm(x: Tensor, weight: Tensor, axis: int, eps: float) -> Tensor:
-    return ops.crms_norm(x, range(axis, 0), weight, eps=eps)
-
-
-def _l2_norm(x: Tensor, axes: list[int], eps: float, place: str) -> Tensor:
-    return ops.l2_norm(x, axes, eps=eps, place=place)
-
-
-STANDARDIZE = _define(
-    "standardize(Tensor x, Tensor weight, int axis, float eps, str place, bool centre, int ddof) -> Tensor",
-    _standardize,
-    _like_first,
-)
-CRMS_NORM = _define("crms_norm(Tensor x, Tensor weight, int axis, float eps) -> Tensor", _crms_norm, _like_first)
-L2_NORM = _define("l2_norm(Tensor x, int[] axes, float eps, str place) -> Tensor", _l2_norm, _like_first)
-"""What ONNX has no operator for: functions in the file."""
+FUNCTION = _define("function(Tensor x, str stem, int[] axes, float eps, str options) -> Tensor", _function, _like_first)
+"""What ONNX has no operator for, without gain and shift: a function in the file. `options` is JSON."""
 
 
 def _attention(

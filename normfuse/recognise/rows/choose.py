@@ -9,6 +9,8 @@ from typing import Any
 from torch import fx
 
 from normfuse.graph.node import shape
+from normfuse.ops import operator_named
+from normfuse.recognise.rows.by_reference import Known
 from normfuse.recognise.rows.regions import Region
 from normfuse.recognise.rows.rows import Rows
 from normfuse.recognise.rows.standardize import Factor, Standardised
@@ -19,8 +21,8 @@ _CLOSE = 1e-9
 
 @dataclass(frozen=True)
 class Plan:
-    """A norm to be put in: `target` is "layer_norm", "rms_norm", "standardize", "l2_norm", "crms_norm", "group_norm"
-    or "instance_norm"; a factor that the operator cannot take stands in `times` and `plus` behind it."""
+    """A norm to be put in: `target` is the stem of its record; a factor that the operator cannot take stands in `times`
+    and `plus` behind it."""
 
     kind: str
     target: str
@@ -72,12 +74,15 @@ class Plan:
         return tuple(a - rank - 1 for a in inner)
 
 
-def plan_of(found: Standardised, region: Region, root: fx.Node) -> Plan | str:
+def plan_of(found: Standardised | Known, region: Region, root: fx.Node) -> Plan | str:
     """The canonical operator for a finding, or why there is none."""
     if found.rows.split is None and not found.rows.axes:
         return "it normalises nothing"
     if _over_batch(found.rows, region.source):
         return "its statistics are taken over the batch"
+    if isinstance(found, Known):
+        constant, weight = _gain(found.gain, 1.0)
+        return _place_affine(found.kind, found, as_written(found.eps, literals(region)), 0, constant, weight, region)
     n = found.rows.size
     form, divisor = divisor_of(found.form, abs(found.gain.scale), n, region, root)
     if form is None:
@@ -154,7 +159,12 @@ def eps_of(found: Standardised, divisor: float, written: list[float]) -> tuple[S
     raw = square if found.place == "inside" else math.sqrt(square)
     if found.place == "clamp" and not _is_among(raw, written) and _is_among(square, written):
         found, raw = replace(found, place="floor"), square
-    return found, next((w for w in written if abs(w - raw) < 1e-11 * w), None) or snapped(raw)
+    return found, as_written(raw, written)
+
+
+def as_written(number: float, written: list[float]) -> float:
+    """The number as it stands in the graph, where it does."""
+    return next((w for w in written if abs(w - number) < 1e-11 * w), None) or snapped(number)
 
 
 def _is_among(number: float, written: list[float]) -> bool:
@@ -178,10 +188,10 @@ def _numbers(item: Any) -> list[float]:
 
 
 def _place_affine(
-    form: str, found: Standardised, eps: float, ddof: int, constant: float, weight: Factor | None, region: Region
+    form: str, found: Standardised | Known, eps: float, ddof: int, constant: float, weight: Factor | None, region: Region
 ) -> Plan:
     rows, rank = found.rows, len(found.rows.shape)
-    plain = form == "layer_norm" and ddof == 0 and (found.place == "inside" or found.root0 == 0)
+    plain = form == "layer_norm" and ddof == 0 and (found.place == "inside" or eps == 0)
     channel = _channel(rows, weight, found.shift)
     kind, target = form, {"layer_norm": "standardize", "rms_norm": "standardize"}.get(form, form)
     if form == "layer_norm" and rows.split is not None:
@@ -198,7 +208,7 @@ def _place_affine(
         inside = {rows.split if rows.split is not None else (channel if channel is not None else 1)}
     else:
         inside = set(rows.axes)
-    takes = target not in ("l2_norm", "none") and (rows.split is None or target == "group_norm")
+    takes = target != "none" and operator_named(target).gain is not None and (rows.split is None or target == "group_norm")
     fits = takes and constant == 1.0 and weight is not None and set(weight.axes) <= inside and bool(weight.axes)
     shift_fits = takes and found.shift is not None and set(found.shift.axes) <= inside and bool(found.shift.axes)
     shift_fits = shift_fits and (weight is None or fits) and constant == 1.0

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from normfuse.graph.node import aten, is_one, is_op, rank, same_size, shape, value
 from normfuse.graph.roles import is_view
+from normfuse.ops import operator_named
 from normfuse.recognise.rows.choose import Plan
 from normfuse.recognise.rows.family import Activation, Softmax, Squashed
 from normfuse.recognise.rows.regions import Region
@@ -51,16 +52,12 @@ def _call(plan: Plan, x: Value, weight: Value | None, bias: Value | None, edit: 
     if plan.target == "layer_norm":
         sizes = [int(s) for s in shape(x.node)[x.ndim - len(axes) :]]
         return edit.call(aten.layer_norm.default, x, sizes, weight, bias, plan.eps)
-    if plan.target == "rms_norm":
-        return edit.op("rms_norm", x, axes, weight, bias, eps=plan.eps)
-    if plan.target == "crms_norm":
-        return edit.op("crms_norm", x, axes, weight, bias, eps=plan.eps)
-    if plan.target == "l2_norm":
-        return edit.op("l2_norm", x, axes, eps=plan.eps, place=plan.place)
     if plan.target in ("group_norm", "instance_norm"):
         return _grouped(plan, x, weight, bias, edit)
-    centre = plan.kind != "rms_norm"
-    return edit.op("standardize", x, axes, weight, bias, eps=plan.eps, place=plan.place, centre=centre, ddof=plan.ddof)
+    record = operator_named(plan.target)
+    factors = () if record.gain is None else (weight, bias)
+    told = {"eps": plan.eps, "place": plan.place, "centre": plan.kind != "rms_norm", "ddof": plan.ddof}
+    return edit.op(plan.target, x, axes, *factors, **{name: told[name] for name in told if name in record.arguments})
 
 
 def _is_split(plan: Plan) -> bool:

@@ -19,16 +19,17 @@ from normfuse.analysis import Facts
 from normfuse.graph.node import aten, is_op, readers, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Roles, is_view
+from normfuse.recognise.rows.by_reference import Known
 from normfuse.recognise.rows.choose import Plan, plan_of
 from normfuse.recognise.rows.emit import can_emit, emit_norm, emit_pointwise, emit_softmax
 from normfuse.recognise.rows.family import Activation, Softmax, Squashed
-from normfuse.recognise.rows.probe import CANONICAL, Probe, is_seed
+from normfuse.recognise.rows.probe import Probe, is_canonical, is_seed
 from normfuse.recognise.rows.regions import Region, sources_of
 from normfuse.recognise.rows.standardize import Standardised
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
 
 _MOST_ROOTS = 8
-_TIER = {"group_norm": 4, "instance_norm": 4, "layer_norm": 3, "crms_norm": 2, "rms_norm": 2, "l2_norm": 2}
+_TIER = {"group_norm": 4, "instance_norm": 4, "layer_norm": 3}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Candidate:
         negative = any(f is not None and f.scale < 0 for f in (plan.weight, plan.times)) or plan.constant < 0
         size = len(self.region.inside(self.root))
         views = plan.rows.split is not None
-        tier = _TIER[plan.kind]
+        tier = _TIER.get(plan.kind, 2)
         return (-behind, tier >= 3, absorbed, not negative, narrow, -bits, views, tier, -self.distance, -size)
 
 
@@ -100,14 +101,14 @@ def _best(seed: fx.Node, roles: Roles, probe: Probe) -> Candidate | None:
 
 
 def _candidate(region: Region, root: fx.Node, finding: Any, again: Any, distance: int) -> Candidate | None:
-    if not isinstance(finding, Standardised):
+    if not isinstance(finding, Standardised | Known):
         same = again is None or _alike(finding, again)
         return Candidate(region, root, finding, None, distance) if same else None
     plan = plan_of(finding, region, root)
     if isinstance(plan, str):
         return None
     if again is not None:
-        other = plan_of(again, region, root) if isinstance(again, Standardised) else ""
+        other = plan_of(again, region, root) if isinstance(again, Standardised | Known) else ""
         if isinstance(other, str) or not plan.agrees(other):
             return None
         plan = plan.with_parts_of(other)
@@ -126,12 +127,12 @@ def _alike(one: Any, two: Any) -> bool:
 def _is_canonical(candidate: Candidate) -> bool:
     """The operator itself, or views and casts round it: nothing would be gained."""
     root = candidate.root
-    if is_op(root, *CANONICAL):
+    if is_canonical(root):
         return True
     inside = candidate.region.inside(root)
     if isinstance(candidate.finding, Softmax):
         return any(is_op(n, getattr(aten, candidate.kind)) for n in inside)
-    operators = [n for n in inside if is_op(n, *CANONICAL)]
+    operators = [n for n in inside if is_canonical(n)]
     if not operators:
         return False
     given = any(len([i for i in n.all_input_nodes if i not in inside]) > 1 for n in operators)

@@ -17,7 +17,8 @@ from normfuse.evaluate.sizes import Concrete, Excerpt, Impossible
 from normfuse.graph.node import argument, aten, is_op, same_size, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles, value_operands
-from normfuse.ops.norms import RMS_NORM
+from normfuse.ops import operator_of
+from normfuse.recognise.rows.by_reference import Known, identify_by_reference
 from normfuse.recognise.rows.experiment import Experiment, numel
 from normfuse.recognise.rows.family import (
     Activation,
@@ -31,7 +32,7 @@ from normfuse.recognise.rows.regions import Region, region_from
 from normfuse.recognise.rows.rows import Rows, changed_rows
 from normfuse.recognise.rows.standardize import Standardisation, Standardised
 
-Finding = Standardised | Softmax | Activation | Squashed
+Finding = Standardised | Softmax | Activation | Squashed | Known
 
 MAX_ELEMENTS = 1 << 22
 SEED = 20_240_611
@@ -40,13 +41,10 @@ _REDUCTIONS = (
     aten.mean, aten.sum, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.linalg_vector_norm, aten.norm,
     aten.linalg_norm, aten.amax, aten.max, aten.logsumexp, aten.layer_norm, aten.native_layer_norm, aten.rms_norm,
     aten.group_norm, aten.instance_norm, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d,
-    aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.log_softmax, RMS_NORM,
+    aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.log_softmax,
     aten.cosine_similarity, aten.frobenius_norm, aten.norm_except_dim, aten.native_group_norm, aten.prod,
 )  # fmt: skip
-CANONICAL = (
-    aten.layer_norm, aten.group_norm, aten.instance_norm, aten.softmax, aten.log_softmax, aten.logsumexp, aten.gelu,
-    aten.silu, RMS_NORM,
-)  # fmt: skip
+_FUNCTIONS = (aten.logsumexp, aten.gelu, aten.silu)
 _PRODUCTS = (
     aten.matmul, aten.mm, aten.bmm, aten.einsum, aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.mv, aten.dot,
     aten.addmm, aten.baddbmm,
@@ -59,9 +57,19 @@ _UNTAGGED = (aten.pad, aten.constant_pad_nd, aten.hardswish, aten.rsub, aten.to,
 """Entry by entry, though torch does not say so; what is put around a tensor leaves its entries as they are."""
 
 
+def is_canonical(node: fx.Node) -> bool:
+    """Does the operator itself say what is computed?"""
+    if is_op(node, *_FUNCTIONS):
+        return True
+    record = operator_of(node.target)
+    if record is None or not record.canonical or record.fixed or not is_op(node, record.packet):
+        return False
+    return record.role in ("norm", "softmax", "squash")
+
+
 def is_seed(node: fx.Node, roles: Roles) -> bool:
     """Does something that the family is made of happen here?"""
-    if is_op(node, *_REDUCTIONS, *_BENDS):
+    if is_op(node, *_REDUCTIONS, *_BENDS) or _is_norm_of_ours(node):
         return roles(node) is Role.ACTIVATION
     if is_op(node, aten.batch_norm):
         return bool(argument(node, "training")) and roles(node) is Role.ACTIVATION
@@ -79,6 +87,11 @@ def is_pointwise(node: fx.Node) -> bool:
     if is_op(node, *_UNTAGGED):
         return True
     return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+
+
+def _is_norm_of_ours(node: fx.Node) -> bool:
+    record = operator_of(node.target)
+    return record is not None and record.ours and record.role == "norm"
 
 
 @dataclass
@@ -162,7 +175,7 @@ class Probe:
             if is_seed(node, self.roles) or any(n in fed for n in node.all_input_nodes):
                 fed.add(node)
                 val = value(node)
-                if is_op(node, *CANONICAL):
+                if is_canonical(node):
                     continue  # it is known what this is; what is made of it is not
                 if isinstance(val, Tensor) and val.is_floating_point() and _fits(region.source, node):
                     roots.append(node)
@@ -192,7 +205,10 @@ class Probe:
         if rows.size == 1:
             return identify_pointwise(draws, root)
         softmax = identify_softmax(draws, root, rows)
-        return softmax if softmax is not None else draws.identify(root, rows)
+        if softmax is not None:
+            return softmax
+        found = draws.identify(root, rows)
+        return (identify_by_reference(draws, root, rows) or found) if isinstance(found, str) else found
 
 
 def _depends_on_sizes(region: Region, verdict: Verdict) -> bool:
@@ -202,7 +218,8 @@ def _depends_on_sizes(region: Region, verdict: Verdict) -> bool:
     if any(isinstance(value(n), torch.SymInt | torch.SymFloat) for n in region.sides):
         return True
     sizes = shape(region.source)
-    rows = [f.rows for f in verdict.findings.values() if isinstance(f, Standardised | Softmax) and f.rows is not None]
+    found = [f for f in verdict.findings.values() if isinstance(f, Standardised | Softmax | Known)]
+    rows = [f.rows for f in found if f.rows is not None]
     axes = {a for r in rows for a in (*r.axes, *((r.split,) if r.split is not None else ()))}
     return any(not isinstance(sizes[a], int) for a in axes)
 

@@ -117,17 +117,7 @@ class Standardisation:
 
     def _fit(self, form: str, rows: Rows, values: list[Tensor]) -> tuple[Tensor, Tensor] | None:
         """Gain and shift of every element, if the results are a linear function of the scale-free core."""
-        core = torch.stack([_core(form, rows.rows(x)) for x in self.large])
-        y = torch.stack(values)
-        centre, middle = core.mean(0), y.mean(0)
-        spread = (core - centre).square().sum(0)
-        gain = ((core - centre) * (y - middle)).sum(0) / spread
-        shift = middle - gain * centre
-        off = (y - gain * core - shift).abs().amax()
-        if not all_finite(gain, shift) or float(off) > FIT * float(y.abs().amax()):
-            return None
-        shift = torch.where(shift.abs() < 1e-9 * float(y.abs().amax()), 0.0, shift)
-        return gain, shift
+        return linear_fit(torch.stack([_core(form, rows.rows(x)) for x in self.large]), torch.stack(values))
 
     def _complete(self, form: str, rows: Rows, root: fx.Node, gain: Tensor, shift: Tensor) -> Standardised | str:
         gains, shifts = rows.back(gain), rows.back(shift)
@@ -182,7 +172,7 @@ class Standardisation:
 
     # -- eps
 
-    def _run(self, x: Tensor, muted: int | None, key: object) -> dict[fx.Node, Tensor]:
+    def run(self, x: Tensor, muted: int | None, key: object) -> dict[fx.Node, Tensor]:
         """Run with the side of the shift at zero: beside it, what a tiny row gives would be lost."""
         if (muted, key) not in self.kept:
             sides = {}
@@ -193,7 +183,7 @@ class Standardisation:
         return self.kept[muted, key]
 
     def _root_at_zero(self, form: str, rows: Rows, root: fx.Node, gain: Tensor, muted: int | None) -> float | str:
-        value = self._run(self.tiny, muted, "tiny").get(root)
+        value = self.run(self.tiny, muted, "tiny").get(root)
         x = rows.rows(self.tiny)
         if not isinstance(value, Tensor) or not all_finite(value):
             return "it is not finite on tiny rows"
@@ -223,7 +213,7 @@ class Standardisation:
         for ratio in (0.5, 2.0):
             x = rows.rows(self.moderate[0])
             x = x * (root0 * ratio / squares(form, x).sqrt())
-            value = self._run(rows.back(x), muted, (f"{root0 * ratio:.9e}", form, rows)).get(root)
+            value = self.run(rows.back(x), muted, (f"{root0 * ratio:.9e}", form, rows)).get(root)
             if not isinstance(value, Tensor) or not all_finite(value):
                 return None
             y = rows.rows(value)
@@ -242,6 +232,18 @@ class Standardisation:
             if not all_finite(y) or float((y - want).abs().amax()) > MATCH * float(want.abs().amax()):
                 return False
         return True
+
+
+def linear_fit(core: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Gain and shift of every element, over draws, if there are such that y is gain * core + shift."""
+    centre, middle = core.mean(0), y.mean(0)
+    spread = (core - centre).square().sum(0)
+    gain = ((core - centre) * (y - middle)).sum(0) / spread
+    shift = middle - gain * centre
+    off = (y - gain * core - shift).abs().amax()
+    if not all_finite(gain, shift) or float(off) > FIT * float(y.abs().amax()):
+        return None
+    return gain, torch.where(shift.abs() < 1e-9 * float(y.abs().amax()), 0.0, shift)
 
 
 def root_of(place: str, length: float, root0: float) -> float:

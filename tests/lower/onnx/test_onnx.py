@@ -15,7 +15,10 @@ import normfuse
 from normfuse.graph.node import aten, is_op
 from normfuse.lower.onnx import write_onnx
 from normfuse.lower.onnx.file import write
-from normfuse.ops.norms import CRMS_NORM, L2_NORM, RMS_NORM, STANDARDIZE
+from normfuse.ops.crms_norm import CRMS_NORM
+from normfuse.ops.l2_norm import L2_NORM
+from normfuse.ops.rms_norm import RMS_NORM
+from normfuse.ops.standardize import STANDARDIZE
 from tests.recognise.corpus import Spelling
 from tests.recognise.spellings import SPELLINGS
 from tests.zoo.hugging_face import HUGGING_FACE

@@ -6,43 +6,38 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from normfuse.lower.onnx import operators
-from normfuse.lower.onnx.file.functions import DOMAIN, Norm
+from normfuse.lower.onnx.file.functions import DOMAIN, Function
 
 Table = dict[Any, Callable[..., Any]]
 RUNTIME = "com.microsoft"
 """Operators that onnxruntime brings along; only `target="onnxruntime"` has them."""
 
 
-def translations(opset: int) -> Table:
-    """The `custom_translation_table` of `torch.onnx.export` for our operators at this opset."""
+def translations(opset: int, used: dict[str, Function]) -> Table:
+    """The `custom_translation_table` of `torch.onnx.export` for our operators at this opset.
+
+    `used` gets the functions that the file must hold.
+    """
     from onnxscript import values
 
     op: Any = values.Opset("", opset)
 
-    def function(norm: Norm, x: Any, *weight: Any, **attributes: Any) -> Any:
-        return _operator(DOMAIN, norm.name, 1 + len(weight), norm.attributes)(x, *weight, **attributes)
+    def function(x: Any, stem: str, axes: list[int], eps: float, options: str) -> Any:
+        told = Function(stem, options, _is_half(x))
+        used[told.name] = told
+        given = {name: value for name, value in (("axes", axes), ("epsilon", eps)) if name in told.attributes}
+        return _operator(DOMAIN, told.name, 1, told.attributes)(x, **given)
 
     def layer_norm(x: Any, weight: Any, bias: Any, axis: int, eps: float) -> Any:
         return op.LayerNormalization(x, weight, bias, axis=axis, epsilon=eps)[0]
 
     def rms_norm(x: Any, weight: Any, axis: int, eps: float) -> Any:
         if opset < 23:
-            return function(Norm("RMSNorm", half=_is_half(x)), x, weight, axes=list(range(axis, 0)), epsilon=eps)
+            return op.Mul(function(x, "rms_norm", list(range(axis, 0)), eps, "{}"), weight)
         return op.RMSNormalization(x, weight, axis=axis, epsilon=eps)
 
     def instance_norm(x: Any, weight: Any, bias: Any, eps: float) -> Any:
         return op.InstanceNormalization(x, weight, bias, epsilon=eps)
-
-    def standardize(x: Any, weight: Any, axis: int, eps: float, place: str, centre: bool, ddof: int) -> Any:
-        norm = Norm("LayerNorm" if centre else "RMSNorm", place, ddof != 0, _is_half(x))
-        more = {"ddof": ddof} if ddof else {}
-        return function(norm, x, weight, axes=list(range(axis, 0)), epsilon=eps, **more)
-
-    def crms_norm(x: Any, weight: Any, axis: int, eps: float) -> Any:
-        return function(Norm("CRMSNorm", half=_is_half(x)), x, weight, axes=list(range(axis, 0)), epsilon=eps)
-
-    def l2_norm(x: Any, axes: list[int], eps: float, place: str) -> Any:
-        return function(Norm("L2Norm", place, half=_is_half(x)), x, axes=axes, epsilon=eps)
 
     def attention(q: Any, k: Any, v: Any, mask: Any, q_heads: int, kv_heads: int, causal: bool, scale: float) -> Any:
         counts = {"q_num_heads": q_heads, "kv_num_heads": kv_heads} if len(q.shape) == 3 else {}
@@ -104,9 +99,7 @@ def translations(opset: int) -> Table:
         operators.LAYER_NORM.default: layer_norm,
         operators.RMS_NORM.default: rms_norm,
         operators.INSTANCE_NORM.default: instance_norm,
-        operators.STANDARDIZE.default: standardize,
-        operators.CRMS_NORM.default: crms_norm,
-        operators.L2_NORM.default: l2_norm,
+        operators.FUNCTION.default: function,
         operators.ATTENTION.default: attention,
         operators.SCALED_PRODUCT.default: scaled_product,
         operators.BIAS_GELU.default: bias_gelu,

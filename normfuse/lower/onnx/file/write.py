@@ -22,7 +22,7 @@ from normfuse.errors import LoweringError
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import Choice
 from normfuse.lower.exported import to_exported
-from normfuse.lower.onnx.file.functions import add_functions
+from normfuse.lower.onnx.file.functions import Function, add_functions
 from normfuse.lower.onnx.file.names import CONDITIONS, axis_names, name_values
 from normfuse.lower.onnx.file.translations import translations
 from normfuse.lower.onnx.form import check_tensors, onnx_target
@@ -183,7 +183,6 @@ def check_request(target: str, opset: int | None) -> int:
 def build(form: Program, choice: Choice, decisions: Sequence[str] = (), report: Any = None) -> Any:
     """A lowered and baked program as an onnx_ir model, with names and metadata."""
     model = _translate(form, choice)
-    add_functions(model, choice.opset)
     name_values(model, form)
     _describe(model, choice, decisions, report)
     if form.signature.conditions:
@@ -195,19 +194,21 @@ def build(form: Program, choice: Choice, decisions: Sequence[str] = (), report: 
 def _translate(form: Program, choice: Choice) -> Any:
     exported = to_exported(form)
     _settle(form)
+    used: dict[str, Function] = {}
     try:
         with TRACING, _quiet(), torch.no_grad():
             written: Any = torch.onnx.export(
                 exported,
                 dynamo=True,
                 opset_version=choice.opset,
-                custom_translation_table=translations(choice.opset),
+                custom_translation_table=translations(choice.opset, used),
                 verbose=False,
                 optimize=False,  # its fusions are not exact: a rotary embedding whose tables serve every batch breaks
             )
             _clean(written.model)
     except Exception as error:
         raise LoweringError(f"the model cannot be written as ONNX: {_reason(error)}") from error
+    add_functions(written.model, choice.opset, used)
     return written.model
 
 

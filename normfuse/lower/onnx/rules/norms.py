@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod, sqrt
@@ -10,10 +11,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.graph.node import argument, aten, dtype, is_op, rank, shape, value
+from normfuse.graph.node import argument, arguments, aten, dtype, is_op, rank, shape, value
 from normfuse.lower.decisions import Choice
 from normfuse.lower.onnx import operators
-from normfuse.ops.norms import CRMS_NORM, L2_NORM, RMS_NORM, STANDARDIZE
+from normfuse.lower.onnx.file.functions import derivable
+from normfuse.ops import operator_of
+from normfuse.ops.rms_norm import RMS_NORM
+from normfuse.ops.standardize import STANDARDIZE
 from normfuse.rewrite import Editor, Value, each
 from normfuse.rewrite.editor import constant
 
@@ -29,11 +33,6 @@ def lower_norm(node: fx.Node, edit: Editor) -> Value | None:
         return _over(node, edit, _layer_norm(edit) if centred else _rms_norm(edit))
     if is_op(node, STANDARDIZE):
         return _standardize(node, edit)
-    if is_op(node, CRMS_NORM):
-        return _over(node, edit, _unshifted(partial(edit.call, operators.CRMS_NORM.default)))
-    if is_op(node, L2_NORM):
-        x, axes, eps, place = (argument(node, n) for n in ("x", "axes", "eps", "place"))
-        return edit.call(operators.L2_NORM.default, x, [a % rank(x) - rank(x) for a in axes], eps, place)
     if is_op(node, aten.rms_norm):
         x, weight, eps = (argument(node, n) for n in ("input", "weight", "eps"))
         eps = torch.finfo(dtype(x)).eps if eps is None else eps  # type: ignore[arg-type]
@@ -43,7 +42,36 @@ def lower_norm(node: fx.Node, edit: Editor) -> Value | None:
         x, weight, bias, eps = (argument(node, n) for n in ("input", "weight", "bias", "eps"))
         axes = range(-len(argument(node, "normalized_shape")), 0)
         return _call(edit, x, _gain(edit, x, weight, axes), bias, axes[0], eps, _layer_norm(edit))
-    return _group_norm(node, edit) if is_op(node, aten.group_norm) else None
+    return _group_norm(node, edit) if is_op(node, aten.group_norm) else _function(node, edit)
+
+
+def _function(node: fx.Node, edit: Editor) -> Value | None:
+    """A known function that ONNX has no operator for, if its record gives a body; gain and shift stand behind it."""
+    record = operator_of(node.target)
+    if record is None or not record.alone:
+        return None
+    given, told = arguments(node), {record.arguments[0], "axes", record.gain, record.shift, record.eps}
+    more = {name: option for name, option in given.items() if name not in told and option != record.defaults[name]}
+    options = json.dumps(more, sort_keys=True, default=str)
+    if any(isinstance(option, fx.Node) for option in more.values()) or not derivable(record, options):
+        return None
+    x = given[record.arguments[0]]
+    axes, eps = record.axes_of(given, shape(x)), record.eps_of(given)
+    wide, factors = dtype(x), [given[name] if name else None for name in (record.gain, record.shift)]
+    for factor in factors:
+        wide = wide if factor is None else torch.promote_types(wide, dtype(factor))  # type: ignore[arg-type]
+    y = edit.call(operators.FUNCTION.default, edit.value(x).to(wide), record.stem, list(axes), eps or 0.0, options)  # type: ignore[arg-type]
+    gain, shift = (None if f is None else _beside(edit.value(f).to(wide), axes, rank(x)) for f in factors)  # type: ignore[arg-type]
+    y = y if gain is None else y * gain
+    return (y if shift is None else y + shift).to(dtype(x))  # type: ignore[arg-type]
+
+
+def _beside(factor: Value, axes: Sequence[int], ndim: int) -> Value:
+    """A gain or shift over these axes, in a shape that broadcasts with the result."""
+    if list(axes) == list(range(-len(axes), 0)):
+        return factor
+    sizes = dict(zip(axes, factor.shape, strict=True))
+    return factor.reshape(*(sizes.get(a, 1) for a in range(-ndim, 0)))
 
 
 def _group_norm(node: fx.Node, edit: Editor) -> Value:
@@ -86,7 +114,7 @@ def _unshifted(norm: Callable[[Value, Value, int, float], Value]) -> Spell:
     return spell
 
 
-def _standardize(node: fx.Node, edit: Editor) -> Value:
+def _standardize(node: fx.Node, edit: Editor) -> Value | None:
     """d / root(sum(d**2) / (n - k) + eps) is root(f) * d / root(mean(d**2) + f * eps) with f = (n - k) / n."""
     ddof, place, centre = argument(node, "ddof"), argument(node, "place"), argument(node, "centre")
     sizes = [value(argument(node, "x")).shape[a] for a in argument(node, "axes")]
@@ -94,11 +122,7 @@ def _standardize(node: fx.Node, edit: Editor) -> Value:
     factor = 1.0 if not ddof else (prod(sizes) - ddof) / prod(sizes) if known else 0.0
     if place == "inside" and factor > 0:
         return _over(node, edit, _layer_norm(edit) if centre else _rms_norm(edit), factor)
-
-    def function(x: Value, gain: Value, axis: int, eps: float) -> Value:
-        return edit.call(operators.STANDARDIZE.default, x, gain, axis, eps, place, centre, ddof)
-
-    return _over(node, edit, _unshifted(function))
+    return _function(node, edit)
 
 
 def _over(node: fx.Node, edit: Editor, spell: Spell, factor: float = 1.0) -> Value:

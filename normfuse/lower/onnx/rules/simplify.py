@@ -150,7 +150,7 @@ def bias_gelu(node: fx.Node, edit: Editor) -> Value | None:
         return edit.call(operators.BIAS_GELU.default, product, bias)
 
 
-_NORMS = (operators.LAYER_NORM, operators.RMS_NORM, operators.STANDARDIZE, operators.L2_NORM, operators.CRMS_NORM)
+_NORMS = (operators.LAYER_NORM, operators.RMS_NORM, operators.FUNCTION)
 
 
 def gate_before_norm(node: fx.Node, edit: Editor) -> Value | None:
