@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from normfuse.algebra.forward import shifted_input
 from normfuse.algebra.heads import without_bias
+from normfuse.algebra.push import shifted_input
 from normfuse.analysis import Facts
 from normfuse.analysis.heads import ValueHeads, value_heads
 from normfuse.analysis.projections import TRANSPOSED, Projection

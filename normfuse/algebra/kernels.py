@@ -110,7 +110,7 @@ def _own(edit: Editor, recipe: Own) -> tuple[Value, Value | None]:
 
 def scale_and_shift(edit: Editor, node: fx.Node, operand: fx.Node) -> tuple[Factor, Factor | None]:
     """y = scale * operand + shift of one channelwise operator, as numbers or vectors over the channels."""
-    if is_op(node, aten.batch_norm):
+    if is_op(node, aten.batch_norm, aten.instance_norm):
         return frozen_norm(edit, node)
     if is_op(node, aten.neg):
         return -1.0, None
@@ -132,7 +132,7 @@ def scale_and_shift(edit: Editor, node: fx.Node, operand: fx.Node) -> tuple[Fact
 
 
 def frozen_norm(edit: Editor, node: fx.Node) -> tuple[Value, Value]:
-    """BatchNorm by its running statistics: y = scale * x + shift."""
+    """BatchNorm or InstanceNorm by its running statistics: y = scale * x + shift."""
     names = ("weight", "bias", "running_mean", "running_var")
     gamma, beta, mean, var = (edit.value(p) if (p := argument(node, n)) is not None else None for n in names)
     assert mean is not None and var is not None

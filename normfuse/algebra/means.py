@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from normfuse.algebra.channels import centre
-from normfuse.algebra.forward import taken
+from normfuse.algebra.push import taken
 from normfuse.analysis import Facts
 from normfuse.analysis.projections import projection
 from normfuse.analysis.reach import End
@@ -69,7 +69,7 @@ def _take(edit: Editor, reader: fx.Node, mean: Value) -> None:
     found = projection(reader, None, None)
     assert found is not None
     with edit.at(reader):
-        edit.replace(reader, taken(edit, End(found, 1), None, mean))
+        edit.replace(reader, taken(edit, End(found), None, mean))
 
 
 def _one_number(edit: Editor, gain: fx.Node | None) -> Value | None:

@@ -109,10 +109,11 @@ class Term:
 
 @dataclass
 class Affine:
-    """The analysis; `sequential=False` keeps projections behind projections apart."""
+    """The analysis. `sequential=False` keeps projections in a row apart; `dense=False` knows diagonal maps alone."""
 
     program: Program
     sequential: bool = True
+    dense: bool = True
     why_not: dict[fx.Node, str] = field(default_factory=dict)
     """Why summands of one source could not be joined, by the node that adds them."""
 
@@ -148,7 +149,8 @@ class Affine:
             return None
         if is_op(node, aten.add, aten.sub, aten.rsub) and (terms := self._sum(node)) is not None:
             return terms
-        found = self._projection(node) or self._pool(node) or self._pad(node) or self._channelwise(node)
+        found = self._dense(node) if self.dense else None
+        found = found or self._channelwise(node)
         return None if found is None else (Term(found),)
 
     # -- sums
@@ -190,6 +192,9 @@ class Affine:
         return compose(m, below, m.node) or m
 
     # -- single operators
+
+    def _dense(self, node: fx.Node) -> AffineMap | None:
+        return self._projection(node) or self._pool(node) or self._pad(node)
 
     def _projection(self, node: fx.Node) -> AffineMap | None:
         own = self.own(node)
