@@ -117,12 +117,23 @@ def keeps_constants(node: fx.Node) -> bool:
     return is_view(node) or is_op(node, *_MEANS, *_MOVES)
 
 
-def takes_maximum(node: fx.Node, lane: Lane, *, shifted: bool) -> bool:
-    """Does a positive scale pass this operator (and a shift, if there is one), although it is not linear?"""
+def behind_maximum(node: fx.Node, operand: fx.Node, lane: Lane, *, shifted: bool) -> Lane | None:
+    """Where the numbers lie behind an operator that is not linear, but that a positive scale (and a shift) passes."""
     if is_op(node, aten.relu, aten.leaky_relu):
-        return not shifted
+        return None if shifted else lane
+    if is_op(node, aten.amax, aten.amin):
+        return _reduced(node, operand, lane)
     spatial = _MAXIMA.get(getattr(node.target, "overloadpacket", None))
-    return spatial is not None and (lane.axis is None or lane.axis == rank(node) - spatial - 1)
+    return lane if spatial is not None and lane.axis in (None, rank(node) - spatial - 1) else None
+
+
+def _reduced(node: fx.Node, operand: fx.Node, lane: Lane) -> Lane | None:
+    dims = argument(node, "dim") or range(rank(operand))
+    gone = [positive_axis(d, rank(operand)) for d in ([dims] if isinstance(dims, int) else dims)]
+    if lane.axis is None or lane.axis in gone:
+        return lane if lane.axis is None else None
+    before = 0 if argument(node, "keepdim") else sum(d < lane.axis for d in gone)
+    return Lane(lane.axis - before, lane.steps)
 
 
 def is_product(node: fx.Node) -> bool:
@@ -328,6 +339,6 @@ def piece_at(node: fx.Node, axis: int) -> tuple[fx.Node, int, int, int] | None:
 
 
 __all__ = [
-    "Among", "Fill", "Lane", "Part", "Piece", "Placed", "Repeat", "Step", "before", "behind", "is_gate", "is_product",
-    "keeps_constants", "piece_at", "pieces_of", "takes_maximum",
+    "Among", "Fill", "Lane", "Part", "Piece", "Placed", "Repeat", "Step", "before", "behind", "behind_maximum", "is_gate", "is_product",
+    "keeps_constants", "piece_at", "pieces_of",
 ]  # fmt: skip

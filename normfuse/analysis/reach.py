@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
-from normfuse.analysis.lanes import Lane, Step, behind, is_gate, takes_maximum
+from normfuse.analysis.lanes import Lane, Step, behind, behind_maximum, is_gate
 from normfuse.analysis.projections import TRANSPOSED, Projection, projection
 from normfuse.graph.node import is_op, op_name, rank, readers, shape, site
 
@@ -41,7 +41,7 @@ class End:
 
 @dataclass(frozen=True)
 class Reach:
-    """The ends; or the reason why they cannot take it; and whether the scale must be positive on the way."""
+    """The ends; the reason why they, or another reader, cannot take it; and whether the scale must be positive on the way."""
 
     ends: tuple[End, ...] = ()
     reason: str | None = None
@@ -68,7 +68,7 @@ def reach(tensor: fx.Node, axis: int | None, weights: Set[fx.Node], *, shifted: 
     reason = walk.follow(tensor, Lane(axis))
     if reason is None and not walk.ends:
         reason = f"nothing reads {name}"
-    return Reach(reason=reason) if reason else Reach(tuple(walk.ends), None, walk.positive_for)
+    return Reach(tuple(walk.ends), reason, walk.positive_for)
 
 
 @dataclass
@@ -108,7 +108,8 @@ class _Walk:
         return End(found, lane.steps) if matches else None  # type: ignore[arg-type]
 
     def _behind(self, user: fx.Node, node: fx.Node, lane: Lane) -> list[tuple[fx.Node, Lane]] | None:
-        if takes_maximum(user, lane, shifted=self.shifted):
+        largest = behind_maximum(user, node, lane, shifted=self.shifted)
+        if largest is not None:
             self.positive_for = user
-            return [(user, lane)]
+            return [(user, largest)]
         return behind(user, node, lane, shifted=self.shifted)
