@@ -15,12 +15,13 @@ import torch
 from torch import fx
 
 from normfuse.algebra.kernels import Factor, as_vector, build, scale_inputs, through
-from normfuse.analysis.affine import AffineMap, windows_of
+from normfuse.analysis.affine import AffineMap
 from normfuse.analysis.gains import Gain
 from normfuse.analysis.lanes import Among, Fill, Part, Step
 from normfuse.analysis.projections import TRANSPOSED, Projection
 from normfuse.analysis.reach import End, Reach
 from normfuse.analysis.signs import always_positive, nowhere_zero, positive_here
+from normfuse.analysis.windows import windows_of
 from normfuse.analysis.written import Writing, Written
 from normfuse.graph.node import argument, aten, is_op, rank, shape, site, value
 from normfuse.rewrite.editor import Editor, Value

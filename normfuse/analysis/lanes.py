@@ -97,7 +97,7 @@ _MEANS = (
 )  # fmt: skip
 _MOVES = (
     aten.contiguous, aten.clone, aten.roll, aten.flip, aten.split_with_sizes, aten.repeat, aten.repeat_interleave,
-    aten.index, aten.index_select, aten.cat, aten.concat, aten.stack, aten.to, aten._to_copy,
+    aten.index, aten.index_select, aten.cat, aten.concat, aten.stack,
 )  # fmt: skip
 _RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
 _POOLS = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
@@ -114,6 +114,8 @@ def keeps_constants(node: fx.Node) -> bool:
         return argument(node, "mode") != "constant"
     if is_op(node, aten.dropout, aten.feature_dropout):
         return argument(node, "train") is False
+    if is_op(node, aten.to, aten._to_copy):
+        return value(node).is_floating_point() and value(node.args[0]).is_floating_point()
     return is_view(node) or is_op(node, *_MEANS, *_MOVES)
 
 
@@ -339,6 +341,6 @@ def piece_at(node: fx.Node, axis: int) -> tuple[fx.Node, int, int, int] | None:
 
 
 __all__ = [
-    "Among", "Fill", "Lane", "Part", "Piece", "Placed", "Repeat", "Step", "before", "behind", "behind_maximum", "is_gate", "is_product",
-    "keeps_constants", "piece_at", "pieces_of",
+    "Among", "Fill", "Lane", "Part", "Piece", "Placed", "Repeat", "Step", "before", "behind", "behind_maximum", "is_gate",
+    "is_product", "keeps_constants", "piece_at", "pieces_of",
 ]  # fmt: skip

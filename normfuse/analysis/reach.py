@@ -41,7 +41,7 @@ class End:
 
 @dataclass(frozen=True)
 class Reach:
-    """The ends; the reason why they, or another reader, cannot take it; and whether the scale must be positive on the way."""
+    """The ends; why they, or another reader, cannot take it; and whether the scale must be positive on the way."""
 
     ends: tuple[End, ...] = ()
     reason: str | None = None
