@@ -36,7 +36,6 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
             edit.refuse(node, found if isinstance(found, str) else _reason(found))
         elif edit.permit(node):
             _fold(node, found, edit)
-            facts.drop()
 
 
 def _illegal(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:

@@ -47,7 +47,6 @@ def configured(*, border: Border = "map") -> Transform:
                 edit.refuse(node, reason)
             elif edit.permit(node):
                 _fold(node, m, found, edit, border)
-                facts.drop()
 
     return Transform("fold_batch_norm_forward", exactness=Exactness.ALGEBRAIC, run=run)
 

@@ -35,7 +35,6 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
             continue
         if (reason := _into_writers(node, own, edit)) is not None:
             edit.refuse(node, reason)
-        facts.drop()
 
 
 def _into_writers(node: fx.Node, own: AffineMap, edit: Editor) -> str | None:

@@ -37,7 +37,6 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
         if reason is not None:
             edit.refuse(node, reason)
         elif isinstance(found, Reach) and edit.permit(node):
-            # What is a weight stays one, and a projection reads one norm: the facts outlive the fold.
             _fold(node, gain, found, edit)
 
 

@@ -41,7 +41,6 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
             continue
         if reason := _backward(node, operand, facts, edit):
             left[node] = reason
-        facts.drop()
     for node, reason in left.items():
         if not node._erased and _forward(node, program, edit) is not None:
             edit.refuse(node, reason)

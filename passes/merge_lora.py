@@ -32,7 +32,6 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
         elif edit.permit(node):
             edit.fired(node, before=ingredients(adapted), after=_after(adapted[0]))
             write_terms(edit, node, terms)
-            facts.drop()
 
 
 def _after(m: AffineMap) -> str:

@@ -118,10 +118,11 @@ def forward(edit: Editor, found: Reach, both: Factors, border: Border = "map") -
             edit.replace(node, taken(edit, mine, *own, border))
 
 
-def shifted_input(edit: Editor, found: Projection, shift: Value) -> None:
-    """The projection gives what it gave when its input was larger by `shift`, a number per channel."""
+def into_reader(edit: Editor, found: Projection, scale: Factor | None, shift: Factor | None) -> None:
+    """The projection gives what it gave when its input was s * x + c, each a number per channel."""
     end = End(replace(found, node=edit.current(found.node)))
-    edit.replace(end.node, taken(edit, end, None, shift))
+    with edit.at(end.node):
+        edit.replace(end.node, taken(edit, end, scale, shift))
 
 
 def _nowhere_zero(edit: Editor, scale: Factor) -> bool:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.algebra.calibration import observe
-from normfuse.algebra.kernels import scale_inputs
+from normfuse.algebra.push import given, into_reader
+from normfuse.analysis.gains import gain_of
 from normfuse.analysis.projections import Projection
 from normfuse.analysis.routes import End
 from normfuse.analysis.scaling import Pair
+from normfuse.analysis.written import Writing
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import argument, aten, value
+from normfuse.graph.node import argument, aten, rank, value
 from normfuse.graph.program import Program
 from normfuse.rewrite.editor import Editor, Value
 
@@ -169,15 +171,9 @@ def migrate(edit: Editor, pair: Pair, scale: Value) -> None:
         scale = scale.to(dtype) * free + (-free + 1.0)
     scale = scale.to(dtype)
     with edit.at(node):
-        edit.replace(node, edit.rebuild(node, **_divided(edit, pair, node, scale)))
+        edit.replace(node, _divided(edit, pair, node, scale))
     for end in pair.ends:
-        reader = replace(end.reader, node=edit.current(end.reader.node))
-        factor = _picked(edit, scale, end.labels)
-        weight = edit.value(reader.weight)
-        with edit.at(reader.node):
-            by_group = reader.groups if reader.in_axis == 1 else 1
-            scaled = weight * factor.along(0, weight.ndim) if reader.in_axis == 0 else scale_inputs(weight, by_group, factor)
-            edit.replace(reader.node, edit.rebuild(reader.node, **{reader.weight_name: scaled}))
+        into_reader(edit, end.reader, _picked(edit, scale, end.labels), None)
     for node, labels in pair.smoothed:
         _smooth_silu(edit, edit.current(node), labels, scale)
 
@@ -211,17 +207,10 @@ def _smooth_silu(edit: Editor, node: fx.Node, labels: Tensor, scale: Value) -> N
         edit.replace(node, z * edit.call(aten.sigmoid.default, z * inside))
 
 
-def _divided(edit: Editor, pair: Pair, node: fx.Node, scale: Value) -> dict[str, Value]:
-    found = pair.projection
-    weight_name, bias_name = ("weight", "bias") if found is None else (found.weight_name, found.bias_name)
-    weight, bias = argument(node, weight_name), argument(node, bias_name) if bias_name else None
-    axis = -1 if found is None else found.out_axis
-    changed: dict[str, Value] = {}
-    if weight is None:
-        changed[weight_name] = edit.call(aten.reciprocal.default, scale)
-    else:
-        whole = edit.value(weight)
-        changed[weight_name] = whole / scale.along(axis, whole.ndim)
-    if bias_name is not None and bias is not None:
-        changed[bias_name] = edit.value(bias) / scale
-    return changed
+def _divided(edit: Editor, pair: Pair, node: fx.Node, scale: Value) -> Value:
+    shrunk = edit.call(aten.reciprocal.default, scale)
+    gain = gain_of(node)
+    if pair.projection is None and gain is not None and gain.weight is None:
+        return edit.rebuild(node, weight=shrunk)
+    axis = rank(node) - 1 if pair.projection is None else pair.projection.channel_axis % rank(node)
+    return given(edit, Writing(node, axis, (), False, pair.projection, gain), shrunk, None)
