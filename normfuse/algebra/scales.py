@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.algebra.calibration import observe
-from normfuse.algebra.push import given, into_reader
-from normfuse.analysis.gains import gain_of
+from normfuse.algebra.push import into_reader
 from normfuse.analysis.projections import Projection
 from normfuse.analysis.routes import End
 from normfuse.analysis.scaling import Pair
-from normfuse.analysis.written import Writing
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import argument, aten, rank, value
+from normfuse.graph.node import argument, aten, value
 from normfuse.graph.program import Program
 from normfuse.rewrite.editor import Editor, Value
 
@@ -171,7 +169,7 @@ def migrate(edit: Editor, pair: Pair, scale: Value) -> None:
         scale = scale.to(dtype) * free + (-free + 1.0)
     scale = scale.to(dtype)
     with edit.at(node):
-        edit.replace(node, _divided(edit, pair, node, scale))
+        edit.replace(node, edit.rebuild(node, **_divided(edit, pair, node, scale)))
     for end in pair.ends:
         into_reader(edit, end.reader, _picked(edit, scale, end.labels), None)
     for node, labels in pair.smoothed:
@@ -207,10 +205,17 @@ def _smooth_silu(edit: Editor, node: fx.Node, labels: Tensor, scale: Value) -> N
         edit.replace(node, z * edit.call(aten.sigmoid.default, z * inside))
 
 
-def _divided(edit: Editor, pair: Pair, node: fx.Node, scale: Value) -> Value:
-    shrunk = edit.call(aten.reciprocal.default, scale)
-    gain = gain_of(node)
-    if pair.projection is None and gain is not None and gain.weight is None:
-        return edit.rebuild(node, weight=shrunk)
-    axis = rank(node) - 1 if pair.projection is None else pair.projection.channel_axis % rank(node)
-    return given(edit, Writing(node, axis, (), False, pair.projection, gain), shrunk, None)
+def _divided(edit: Editor, pair: Pair, node: fx.Node, scale: Value) -> dict[str, Value]:
+    found = pair.projection
+    weight_name, bias_name = ("weight", "bias") if found is None else (found.weight_name, found.bias_name)
+    weight, bias = argument(node, weight_name), argument(node, bias_name) if bias_name else None
+    axis = -1 if found is None else found.out_axis
+    changed: dict[str, Value] = {}
+    if weight is None:
+        changed[weight_name] = edit.call(aten.reciprocal.default, scale)
+    else:
+        whole = edit.value(weight)
+        changed[weight_name] = whole / scale.along(axis, whole.ndim)
+    if bias_name is not None and bias is not None:
+        changed[bias_name] = edit.value(bias) / scale
+    return changed
