@@ -6,7 +6,7 @@ Legal if:  the norm uses running statistics and the way back from its input lead
            dimensions, any padding), embeddings, norms with a gain; and nothing else reads the channels on the way. Of a
            convolution that is split (IBN), the other channels stay as they are. InstanceNorm by running statistics, too.
 Leaves alone: batch statistics (training mode, or no running statistics), an input that is read elsewhere or has no
-           weights before it.
+           weights before it; an embedding whose table is shared with another call site (worth).
 Reference: METHODS 1.4, 1.16; Jacob et al. 2018 (arXiv 1712.05877), section 3.2.
 """
 
@@ -34,6 +34,8 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
         found = _illegal(node, weights) or written(argument(node, "input"), node, 1, weights, shifted=True)
         if not isinstance(found, Written):
             edit.refuse(node, found if isinstance(found, str) else _reason(found))
+        elif not edit.named and (table := _shared_table(found)) is not None:
+            edit.refuse(node, f"{table.target} is shared with another call site: folding would need a second copy of it")
         elif edit.permit(node):
             _fold(node, found, edit)
 
@@ -47,6 +49,12 @@ def _illegal(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:
     if gain is None or not gain.is_of(weights) or not is_frozen_norm(node, weights):
         return "its statistics or gains depend on the input"
     return None
+
+
+def _shared_table(found: Written) -> fx.Node | None:
+    """A table that something else reads too; of a convolution that is called twice, each call has its own norm to fold."""
+    tables = tuple(w for w in found.writings if w.projection is None and w.gain is None)
+    return Written(tables).shared
 
 
 def _reason(blocked: Blocked) -> str:

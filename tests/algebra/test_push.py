@@ -273,3 +273,19 @@ def test_what_does_not_go_back(last: nn.Module, between: Any, rule: str) -> None
     model = randomized(Written(last, between))
     optimized = normfuse.optimize(model, (images(3, 4, 5),), passes=[rule], dynamic_shapes=None, verify=False)
     assert optimized.report.fired == {} and reasons(optimized, rule)
+
+
+def test_a_tied_table_is_not_copied_unasked() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm = nn.Embedding(9, 6), nn.BatchNorm1d(6)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.norm(self.table(ids))), self.table.weight)
+
+    model, args = randomized(Tied()), (torch.randint(9, (5,)),)
+    unasked = normfuse.optimize(model, args, dynamic_shapes=None)
+    assert unasked.report.fired == {} and "shared with another call site" in reasons(unasked, "fold_batch_norm")
+    asked = normfuse.optimize(model, args, passes=["fold_batch_norm"], dynamic_shapes=None)
+    assert asked.report.fired == {"fold_batch_norm": 1} and not asked.report.rolled_back
