@@ -20,8 +20,8 @@ View = Callable[[Tensor], Tensor]
 class LayerNorm(nn.LayerNorm):
     """Over the channels of an image."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -122,7 +122,7 @@ def pushed(norm: str, reader: str) -> tuple[nn.Module, normfuse.Optimized]:
     (make, name), (between, readers) = NORMS[norm], READERS[reader]
     model = randomized(Read(make(), between, *readers()))
     with torch.no_grad():
-        model.norm.weight.abs_()  # for the maximum
+        model.get_parameter("norm.weight").abs_()  # for the maximum
     return model, normfuse.optimize(model, (images(CHANNELS, 4, 5),), passes=[name], dynamic_shapes=None)
 
 
