@@ -34,7 +34,6 @@ def configured(*, values: bool = True, scores: bool = True) -> Transform:
                 edit.refuse(pair.mix, "several projections read the heads")
             else:
                 _balance(edit, pair)
-        facts.drop()
 
     return Transform("clover", exactness=Exactness.ALGEBRAIC, on_request=True, run=run)
 

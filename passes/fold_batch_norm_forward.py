@@ -15,8 +15,8 @@ from typing import get_args
 
 from torch import fx
 
-from normfuse.algebra.forward import Border, factors, fold_forward
 from normfuse.algebra.kernels import ingredients
+from normfuse.algebra.push import Border, checked, forward, of_map
 from normfuse.analysis import Facts
 from normfuse.analysis.affine import Affine, AffineMap
 from normfuse.analysis.reach import Reach, reach
@@ -47,7 +47,6 @@ def configured(*, border: Border = "map") -> Transform:
                 edit.refuse(node, reason)
             elif edit.permit(node):
                 _fold(node, m, found, edit, border)
-                facts.drop()
 
     return Transform("fold_batch_norm_forward", exactness=Exactness.ALGEBRAIC, run=run)
 
@@ -69,21 +68,22 @@ def _not_worth(m: AffineMap, found: Reach, edit: Editor) -> str | None:
         return None
     if (shared := found.shared) is not None:
         return f"{shared.target} is shared with another call site: folding would need a second copy of it"
-    bordered = next((end for end in found.ends if end.bordered), None)
-    if not m.shifted or bordered is None:
+    if not m.shifted or found.bordered is None:
         return None
-    where = site(bordered.node)
+    where = site(found.bordered)
     return f"the shift does not pass the zero padding of {where}: a map of its border costs what the norm does"
 
 
 def _fold(node: fx.Node, m: AffineMap, found: Reach, edit: Editor, border: Border) -> None:
-    both = factors(edit, m, found, border)
+    with edit.at(found.ends[0].node):
+        both = checked(edit, of_map(edit, m), found, border)
     if isinstance(both, str):
         edit.refuse(node, both)
         return
     after = ", ".join(sorted({op_name(end.node) for end in found.ends}))
     edit.fired(node, before=f"{ingredients([m])}, {after}", after=after)
-    fold_forward(edit, node, m, found, both, border)
+    forward(edit, found, both, border)
+    edit.replace(node, m.source)
 
 
 RULE = configured()

@@ -1,103 +1,74 @@
 """fold_norm_affine:  linear(norm(x, g, b), W, c)  ->  linear(norm(x), W * g, c + W b)
 
 Exactness: algebraic.
-Legal if:  every reader of the norm is a projection with weights of its own (linear, addmm, matmul, convolution); the gain
-           of a (1+w) norm is the parameter program 1+w and folds like any other. A shift b folds into convolutions only
-           where there is no zero padding.
-Leaves alone: a norm that is also read by a residual add, returned, or read by anything but projections; input-dependent
-           gains; weights that are shared with another call site, where a second copy costs more than the gain (worth).
-Reference: METHODS 1.1.
+Legal if:  the norm (layer, RMS, group, instance, standardize) or squashing function (DyT, Derf) has a gain or a shift per
+           channel that is the model's own, and every reader is a projection with weights of its own (linear, addmm, matmul,
+           convolution of any groups), directly or through what lets them pass: views, flattening, means, interpolation,
+           reflecting padding, pieces and concatenations; a gain alone also gates and zero padding, a positive one the
+           maximum. The gain of a (1+w) norm is the parameter program 1+w and folds like any other.
+Leaves alone: a norm that is also read by a residual add, returned, or read by any other function; input-dependent gains; a
+           shift in front of zero padding; weights that are shared with another call site, where a second copy costs more
+           than the gain (worth).
+Reference: METHODS 1.1, 1.5.
 """
 
 from __future__ import annotations
 
 from torch import fx
 
+from normfuse.algebra.push import checked, forward, of_gain
 from normfuse.analysis import Facts
-from normfuse.analysis.projections import Projection, projection
-from normfuse.analysis.streams import Reader, ends_of
-from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
+from normfuse.analysis.channelwise import is_frozen_norm
+from normfuse.analysis.gains import Gain, gain_of
+from normfuse.analysis.reach import Reach, reach
+from normfuse.graph.node import op_name, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops.rms_norm import RMS_NORM
-from normfuse.rewrite import Editor, Exactness, Transform, Value
+from normfuse.rewrite import Editor, Exactness, Transform
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:
     for node in list(program.graph.nodes):
-        if not is_op(node, aten.layer_norm, RMS_NORM) or node in facts(weight_only):
+        gain, weights = gain_of(node), facts(weight_only)
+        if gain is None or not gain.parameters or node in weights or is_frozen_norm(node, weights):
             continue
-        gain, shift = argument(node, "weight"), argument(node, "bias")
-        if gain is None and shift is None:
-            continue
-        reason = _illegal(node, gain, shift, facts)
-        if reason is None and not edit.named:
-            reason = _not_worth(node)
+        found = _why_not_read(gain, weights) or _reach(gain, weights)
+        reason = found if isinstance(found, str) else found.reason or _not_worth(found, edit)
         if reason is not None:
             edit.refuse(node, reason)
-        elif edit.permit(node):
-            # What is a weight stays one, and a projection reads one norm: the facts outlive the fold.
-            _fold(node, gain, shift, edit, facts)
+        elif isinstance(found, Reach) and edit.permit(node):
+            _fold(node, gain, found, edit)
 
 
-def _illegal(node: fx.Node, gain: fx.Node | None, shift: fx.Node | None, facts: Facts) -> str | None:
-    weights = facts(weight_only)
-    if any(p is not None and p not in weights for p in (gain, shift)):
+def _why_not_read(gain: Gain, weights: frozenset[fx.Node]) -> str | None:
+    if not gain.is_of(weights):
         return "the gain depends on the input"
-    if any(rank(p) != 1 for p in (gain, shift) if p is not None):
-        return "it normalises over several axes"
-    ends = ends_of(node, rank(node) - 1)
-    for end in ends:
-        if end.node.op == "output":
-            return "the norm is also an output of the model"
-        found = _projection(end, weights)
-        if found is None:
-            return f"the norm is also read by {op_name(end.node)} at {site(end.node)}"
-        if shift is not None and not found.takes_shift:
-            return f"the shift does not pass the zero padding of {site(end.node)}"
-        if found.groups != 1:
-            return f"{site(end.node)} is a grouped convolution"
-    return None if ends else "nothing reads the norm"
+    return None if gain.axis is not None or gain.is_scalar else "it normalises over several axes"
 
 
-def _projection(end: Reader, weights: frozenset[fx.Node]) -> Projection | None:
-    found = projection(end.node, end.tensor, weights)
-    return found if found and end.axis == found.channel_axis % rank(end.tensor) else None
+def _reach(gain: Gain, weights: frozenset[fx.Node]) -> Reach:
+    found = reach(gain.node, gain.axis, weights, shifted=gain.bias is not None, name="the norm")
+    if gain.bias is not None and found.bordered is not None:
+        return Reach(reason=f"the shift does not pass the zero padding of {site(found.bordered)}")
+    return found
 
 
-def _not_worth(node: fx.Node) -> str | None:
-    for end in ends_of(node, rank(node) - 1):
-        weight = next((n for n in end.node.all_input_nodes if n.op == "get_attr" and rank(n) > 1), None)
-        if weight is not None and len(weight.users) > 1:
-            return f"{weight.target} is shared with another call site: folding would need a second copy of it"
-    return None
+def _not_worth(found: Reach, edit: Editor) -> str | None:
+    if edit.named or found.shared is None:
+        return None
+    return f"{found.shared.target} is shared with another call site: folding would need a second copy of it"
 
 
-def _fold(node: fx.Node, gain: fx.Node | None, shift: fx.Node | None, edit: Editor, facts: Facts) -> None:
+def _fold(node: fx.Node, gain: Gain, found: Reach, edit: Editor) -> None:
+    with edit.at(found.ends[0].node):
+        both = checked(edit, of_gain(edit, gain), found)
+    if isinstance(both, str):
+        edit.refuse(node, both)
+        return
     edit.fired(node, before=f"{op_name(node)} with gain", after=f"{op_name(node)} without")
-    for end in ends_of(node, rank(node) - 1):
-        found = _projection(end, facts(weight_only))
-        assert found is not None
-        with edit.at(end.node):
-            edit.replace(end.node, _with_gain(found, gain, shift, edit))
+    forward(edit, found, both)
     with edit.at(node):
         edit.replace(node, edit.rebuild(node, weight=None, bias=None))
-
-
-def _with_gain(reader: Projection, gain: fx.Node | None, shift: fx.Node | None, edit: Editor) -> Value:
-    """W (g * n + b) + c = (W diag(g)) n + (c + W b), W's inputs along `in_axis`."""
-    weight = edit.value(reader.weight)
-    changed: dict[str, Value] = {}
-    if gain is not None:
-        changed[reader.weight_name] = weight * edit.value(gain).along(reader.in_axis, weight.ndim)
-    if shift is None:
-        return edit.rebuild(reader.node, **changed)
-    axes = [a for a in range(weight.ndim) if a != reader.out_axis]
-    moved = (weight * edit.value(shift).along(reader.in_axis, weight.ndim)).sum(axes)
-    if reader.bias_name is None:
-        return edit.rebuild(reader.node, **changed) + moved
-    changed[reader.bias_name] = moved if reader.bias is None else edit.value(reader.bias) + moved
-    return edit.rebuild(reader.node, **changed)
 
 
 RULE = Transform("fold_norm_affine", exactness=Exactness.ALGEBRAIC, run=run)

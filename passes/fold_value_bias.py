@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, fx
 
-from normfuse.algebra.forward import shifted_input
 from normfuse.algebra.heads import without_bias
+from normfuse.algebra.push import into_reader
 from normfuse.analysis import Facts
 from normfuse.analysis.heads import ValueHeads, value_heads
 from normfuse.analysis.projections import TRANSPOSED, Projection
@@ -40,7 +40,6 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
             readers = ", ".join(site(reader.node) for reader, _ in pair.readers)
             edit.fired(pair.mix, before="bias of the values", after=f"bias of {readers}")
             _move(edit, pair)
-    facts.drop()
 
 
 def _why_not_read(pair: ValueHeads) -> str | None:
@@ -72,7 +71,7 @@ def _move(edit: Editor, pair: ValueHeads) -> None:
     bias = edit.value(pair.writer.bias)
     for reader, columns in pair.readers:
         with edit.at(edit.current(reader.node)):
-            shifted_input(edit, reader, _shift(edit, bias, reader, pair.rows, columns))
+            into_reader(edit, reader, None, _shift(edit, bias, reader, pair.rows, columns))
     without_bias(edit, pair.writer, pair.rows)
 
 

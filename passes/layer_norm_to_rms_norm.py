@@ -67,7 +67,6 @@ def _centre(program: Program, facts: Facts, edit: Editor, norm: fx.Node, *, shar
         _rewrite(edit, facts, mine, pending, by_hand)
         share(edit, heads)
         centre_even(edit, even)
-        facts.drop()
     return [reader.node for reader in mine]
 
 

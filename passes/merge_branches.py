@@ -25,7 +25,6 @@ from normfuse.rewrite import Editor, Exactness, Transform
 def run(program: Program, facts: Facts, edit: Editor) -> None:
     reasons: dict[fx.Node, str] = {}
     while _sweep(program, edit, reasons):
-        facts.drop()
         reasons.clear()
     for node, reason in reasons.items():
         edit.refuse(node, reason)

@@ -27,7 +27,6 @@ from normfuse.rewrite import Editor, Exactness, Transform, Value
 def run(program: Program, facts: Facts, edit: Editor) -> None:
     _behind_each_other(program, edit)
     _beside_each_other(program, edit)
-    facts.drop()
 
 
 def _behind_each_other(program: Program, edit: Editor) -> None:

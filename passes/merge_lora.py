@@ -2,9 +2,10 @@
 
 Exactness: algebraic.
 Legal if:  base and adapter read the same tensor, W, A, B and s are parameters or numbers, and nothing else reads what
-           stands between: linears, convolutions (A k x k and B 1 x 1), embeddings; rsLoRA differs in s alone.
+           stands between: linears, convolutions (A k x k and B 1 x 1), embeddings; rsLoRA differs in s alone. The base
+           may flatten the tokens (GPT-2's layout), the adapter may read sums or means of groups of channels (QA-LoRA, Bone).
 Leaves alone: adapters whose dropout is active, whose scale depends on the input, or that have no base beside them.
-Reference: METHODS 1.11; Hu et al. 2021 (arXiv 2106.09685), section 4.1.
+Reference: METHODS 1.11, 1.16; Hu et al. 2021 (arXiv 2106.09685), section 4.1.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
         elif edit.permit(node):
             edit.fired(node, before=ingredients(adapted), after=_after(adapted[0]))
             write_terms(edit, node, terms)
-            facts.drop()
 
 
 def _after(m: AffineMap) -> str:

@@ -66,7 +66,6 @@ def configured(
                 with edit.at(edit.current(pair.writer)):
                     factor = smooth(edit, pair, alpha, seen) if scale is None else edit.constant(scale, "scale")
                 migrate(edit, pair, factor)
-        facts.drop()
 
     return Transform("migrate_scales", exactness=Exactness.ALGEBRAIC, on_request=True, run=run)
 

@@ -62,7 +62,6 @@ def configured(*, form: str = "drop_last") -> Transform:
                 for each in mine:
                     edit.fired(each, before="rms_norm", after="crms_norm" if form == "drop_last" else "rms_norm of d-1")
                 _compress(program, plan, form, edit, facts)
-                facts.drop()
 
     return Transform("rms_norm_to_crms_norm", exactness=Exactness.ALGEBRAIC, on_request=True, run=run)
 
@@ -124,8 +123,9 @@ def _compress(program: Program, plan: Plan, form: str, edit: Editor, facts: Fact
             return into(weight, axis)
         return into(weight, axis) - edit.op("slice", weight, axis, width - 1, width)
 
+    known = facts(writers)
     for writer in plan.stream.writers:
-        map_writer(edit, facts(writers), writer, into)
+        map_writer(edit, known, writer, into)
     readers = {edit.current(node): found for node, found in plan.readers.items()}  # some write the stream, too
     ratio = width / (width - 1)
     for node in list(program.graph.nodes):

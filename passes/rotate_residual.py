@@ -91,7 +91,6 @@ def _rotate_streams(program: Program, facts: Facts, edit: Editor, make: Make) ->
         elif edit.permit(norm):
             edit.fired(norm, before=f"stream of width {found.width}", after="rotated stream")
             _rotate(found, edit.constant(matrix, "rotation"), edit, facts)
-            facts.drop()
 
 
 def _is_plain(norm: fx.Node) -> bool:
@@ -121,10 +120,10 @@ def _projection(reader: Reader, facts: Facts) -> Projection | None:
 
 
 def _rotate(found: Stream, matrix: Value, edit: Editor, facts: Facts) -> None:
-    turn = times(matrix)
+    turn, known = times(matrix), facts(writers)
     readers = [read for reader in found.readers if (read := _projection(reader, facts)) is not None]
     for writer in found.writers:
-        map_writer(edit, facts(writers), writer, turn)
+        map_writer(edit, known, writer, turn)
     for read in readers:
         node = edit.current(read.node)  # a projection may read the stream and write it
         with edit.at(node):
@@ -144,7 +143,6 @@ def _rotate_heads(program: Program, facts: Facts, edit: Editor, make: Make) -> N
             edit.fired(pair.mix, before="value heads", after="rotated value heads")
             left = edit.constant(matrix.T.contiguous(), "head").to(pair.writer.weight.meta["val"].dtype)
             map_value_heads(edit, pair, left, left)
-    facts.drop()
 
 
 RULE = configured()

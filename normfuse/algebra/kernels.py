@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import fx
 
-from normfuse.analysis.affine import AffineMap, Channelwise, Composed, Identity, Own, Pool, Sum, Term
+from normfuse.analysis.affine import AffineMap, Channelwise, Composed, Gathered, Identity, Own, Pool, Sum, Term
 from normfuse.analysis.channelwise import constant_operand
+from normfuse.analysis.grouped import Groups
 from normfuse.analysis.windows import Placement, Window, Windows, placement
 from normfuse.graph.node import argument, aten, is_op, op_name, rank, shape, value
 from normfuse.rewrite.editor import Editor, Value
@@ -84,6 +85,8 @@ def build(edit: Editor, m: AffineMap) -> tuple[Factor, Factor | None]:
     if isinstance(recipe, Pool):
         taps = [w.size for w in m.windows]
         return _full(edit, [m.outputs, 1, *taps], 1.0 / recipe.divisor, recipe.node), None
+    if isinstance(recipe, Gathered):
+        return _gathering(edit, recipe.groups), None
     if isinstance(recipe, Channelwise):
         kernel, bias = build(edit, recipe.inner)
         scale, shift = scale_and_shift(edit, recipe.node, recipe.operand)
@@ -105,12 +108,22 @@ def _own(edit: Editor, recipe: Own) -> tuple[Value, Value | None]:
     return (weight if found.out_axis == 0 else weight.transpose(0, 1)), bias
 
 
+def _gathering(edit: Editor, groups: Groups) -> Value:
+    """The matrix (sums, channels) of ones where a channel belongs to a sum."""
+    v, count, each = value(groups.source), groups.count, groups.each
+    eye = edit.call(aten.eye.default, count, dtype=v.dtype, device=v.device)
+    apart = [count, count, 1] if groups.neighbours else [count, 1, count]
+    sizes = [count, count, each] if groups.neighbours else [count, each, count]
+    repeated = edit.call(aten.expand.default, eye.reshape(*apart), sizes).reshape(count, count * each)
+    return repeated if groups.factor == 1 else repeated * groups.factor
+
+
 # -- scales and shifts -------------------------------------------------------------------------------------------------
 
 
 def scale_and_shift(edit: Editor, node: fx.Node, operand: fx.Node) -> tuple[Factor, Factor | None]:
     """y = scale * operand + shift of one channelwise operator, as numbers or vectors over the channels."""
-    if is_op(node, aten.batch_norm):
+    if is_op(node, aten.batch_norm, aten.instance_norm):
         return frozen_norm(edit, node)
     if is_op(node, aten.neg):
         return -1.0, None
@@ -132,7 +145,7 @@ def scale_and_shift(edit: Editor, node: fx.Node, operand: fx.Node) -> tuple[Fact
 
 
 def frozen_norm(edit: Editor, node: fx.Node) -> tuple[Value, Value]:
-    """BatchNorm by its running statistics: y = scale * x + shift."""
+    """BatchNorm or InstanceNorm by its running statistics: y = scale * x + shift."""
     names = ("weight", "bias", "running_mean", "running_var")
     gamma, beta, mean, var = (edit.value(p) if (p := argument(node, n)) is not None else None for n in names)
     assert mean is not None and var is not None

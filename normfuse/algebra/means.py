@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from torch import fx
 
 from normfuse.algebra.channels import centre
-from normfuse.algebra.forward import taken
+from normfuse.algebra.push import into_reader
 from normfuse.analysis import Facts
 from normfuse.analysis.projections import projection
-from normfuse.analysis.reach import End
 from normfuse.analysis.row_functions import norm_over_last
 from normfuse.analysis.signs import same_everywhere
 from normfuse.analysis.streams import Reader, Stream, Writer, ends_of
@@ -65,8 +64,7 @@ def centre_even(edit: Editor, even: Mapping[Writer, Sequence[Reader]]) -> None:
 def _take(edit: Editor, reader: fx.Node, mean: Value) -> None:
     found = projection(reader, None, None)
     assert found is not None
-    with edit.at(reader):
-        edit.replace(reader, taken(edit, End(found, 1), None, mean))
+    into_reader(edit, found, None, mean)
 
 
 def _one_number(edit: Editor, gain: fx.Node | None) -> Value | None:

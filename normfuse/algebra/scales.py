@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from normfuse.algebra.calibration import observe
-from normfuse.algebra.kernels import scale_inputs
+from normfuse.algebra.push import into_reader
 from normfuse.analysis.projections import Projection
 from normfuse.analysis.routes import End
 from normfuse.analysis.scaling import Pair
@@ -174,13 +174,7 @@ def migrate(edit: Editor, pair: Pair, scale: Value) -> None:
     with edit.at(node):
         edit.replace(node, edit.rebuild(node, **_divided(edit, pair, node, scale)))
     for end in pair.ends:
-        reader = replace(end.reader, node=edit.current(end.reader.node))
-        factor = _picked(edit, scale, end.labels)
-        weight = edit.value(reader.weight)
-        with edit.at(reader.node):
-            by_group = reader.groups if reader.in_axis == 1 else 1
-            scaled = weight * factor.along(0, weight.ndim) if reader.in_axis == 0 else scale_inputs(weight, by_group, factor)
-            edit.replace(reader.node, edit.rebuild(reader.node, **{reader.weight_name: scaled}))
+        into_reader(edit, end.reader, _picked(edit, scale, end.labels), None)
     for node, labels in pair.smoothed:
         _smooth_silu(edit, edit.current(node), labels, scale)
 

@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from torch import Tensor, fx
 
 from normfuse.analysis.channelwise import acts_on, as_large, channelwise_operand
+from normfuse.analysis.grouped import Groups, groups_of, unflattened
 from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED, Projection, projection
-from normfuse.analysis.windows import Window, Windows, common
+from normfuse.analysis.windows import Window, Windows, common, per_axis, windows_of
 from normfuse.graph.node import argument, arguments, aten, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
@@ -43,6 +43,13 @@ class Pool:
 
     node: fx.Node
     divisor: int
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Sums of groups of channels: a matrix of ones and zeros, times a number."""
+
+    groups: Groups
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class AffineMap:
     """y = K * source + b. `groups` is 0 for a diagonal map (one factor per channel); `axis` None: any axis will do."""
 
     source: fx.Node
-    recipe: Identity | Own | Pool | Channelwise | Composed | Sum
+    recipe: Identity | Own | Pool | Gathered | Channelwise | Composed | Sum
     node: fx.Node | None = None
     axis: int | None = None
     windows: Windows = ()
@@ -109,10 +116,11 @@ class Term:
 
 @dataclass
 class Affine:
-    """The analysis; `sequential=False` keeps projections behind projections apart."""
+    """The analysis. `sequential=False` keeps projections in a row apart; `dense=False` knows diagonal maps alone."""
 
     program: Program
     sequential: bool = True
+    dense: bool = True
     why_not: dict[fx.Node, str] = field(default_factory=dict)
     """Why summands of one source could not be joined, by the node that adds them."""
 
@@ -148,7 +156,8 @@ class Affine:
             return None
         if is_op(node, aten.add, aten.sub, aten.rsub) and (terms := self._sum(node)) is not None:
             return terms
-        found = self._projection(node) or self._pool(node) or self._pad(node) or self._channelwise(node)
+        found = self._dense(node) if self.dense else None
+        found = found or self._channelwise(node)
         return None if found is None else (Term(found),)
 
     # -- sums
@@ -191,6 +200,29 @@ class Affine:
 
     # -- single operators
 
+    def _dense(self, node: fx.Node) -> AffineMap | None:
+        return self._projection(node) or self._flat(node) or self._gathered(node) or self._pool(node) or self._pad(node)
+
+    def _flat(self, node: fx.Node) -> AffineMap | None:
+        """A linear of flattened tokens, its result unflattened: a linear of the tokens."""
+        inner = node.args[0] if node.args else None
+        own = self.own(inner) if isinstance(inner, fx.Node) else None
+        if own is None or own.table or own.windows or (x := unflattened(node, inner, own.source)) is None:  # type: ignore[arg-type]
+            return None
+        flat = frozenset((own.source,)) if len(own.source.users) == 1 else frozenset[fx.Node]()
+        whole = replace(own, source=x, node=node, axis=rank(node) - 1, covers=own.covers | {node} | flat)
+        return compose(whole, self._inner(x, own.source), node) or whole
+
+    def _gathered(self, node: fx.Node) -> AffineMap | None:
+        found = groups_of(node, self.weights)
+        if found is None:
+            return None
+        own = AffineMap(
+            found.source, Gathered(found), node, rank(node) - 1, (), 1, found.count * found.each, found.count,
+            covers=found.covers,
+        )  # fmt: skip
+        return compose(own, self._inner(own.source, min(found.covers)), node) or own
+
     def _projection(self, node: fx.Node) -> AffineMap | None:
         own = self.own(node)
         if own is None or own.table:
@@ -230,8 +262,8 @@ class Affine:
         if not spatial or rank(node) != spatial + 2 or not isinstance(channels := shape(node)[1], int):
             return None
         a = arguments(node)
-        sizes, padding = _per_axis(a["kernel_size"], spatial), _per_axis(a["padding"], spatial)
-        strides = _per_axis(a["stride"], spatial) if a["stride"] else sizes
+        sizes, padding = per_axis(a["kernel_size"], spatial), per_axis(a["padding"], spatial)
+        strides = per_axis(a["stride"], spatial) if a["stride"] else sizes
         if a["ceil_mode"] or (any(padding) and not a["count_include_pad"]):
             return None
         windows = tuple(Window(k, s, 1, p, p) for k, s, p in zip(sizes, strides, padding, strict=True))
@@ -348,23 +380,3 @@ def frame(maps: Sequence[AffineMap], like: fx.Node) -> Windows | str:
             return window
         found.append(window)
     return tuple(found)
-
-
-def _per_axis(item: Any, n: int) -> list[int]:
-    items = [item] if isinstance(item, int) else list(item)
-    return items * n if len(items) == 1 else items
-
-
-def windows_of(node: fx.Node, kernel: Sequence[Any]) -> Windows | None:
-    """How the convolution `node` with a kernel of these sizes moves, if all of that is numbers."""
-    n, a = len(kernel), arguments(node)
-    strides, dilations, padding = _per_axis(a["stride"], n), _per_axis(a["dilation"], n), a["padding"]
-    if isinstance(padding, str):
-        around = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilations, strict=True)]
-        pads = [(p // 2, p - p // 2) for p in around]
-    else:
-        pads = [(p, p) for p in _per_axis(padding, n)]
-    if not all(isinstance(x, int) for x in (*kernel, *strides, *dilations, *(p for pair in pads for p in pair))):
-        return None
-    taps = zip(kernel, strides, dilations, pads, strict=True)
-    return tuple(Window(k, s, d, low, high) for k, s, d, (low, high) in taps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from torch import Tensor, fx
@@ -13,12 +14,8 @@ _COPIES = (aten.contiguous, aten.clone)
 
 def channelwise_operand(node: fx.Node, weights: frozenset[fx.Node]) -> fx.Node | None:
     """The operand that `node` scales and shifts by numbers of the model, one per channel or one for all; else None."""
-    if is_op(node, aten.batch_norm):
-        frozen = not argument(node, "training") and all(
-            p in weights for n in ("running_mean", "running_var", "weight", "bias")
-            if (p := argument(node, n)) is not None
-        )  # fmt: skip
-        return argument(node, "input") if frozen and argument(node, "running_mean") is not None else None
+    if is_op(node, aten.batch_norm, aten.instance_norm):
+        return argument(node, "input") if is_frozen_norm(node, weights) else None
     if is_op(node, aten.neg, *_COPIES) or _is_quiet(node):
         return node.args[0]  # type: ignore[return-value]
     if is_op(node, aten.to, aten._to_copy):
@@ -38,6 +35,28 @@ def channelwise_operand(node: fx.Node, weights: frozenset[fx.Node]) -> fx.Node |
     return None
 
 
+def is_frozen_norm(node: fx.Node, weights: Set[fx.Node]) -> bool:
+    """A BatchNorm or an InstanceNorm by running statistics of the model: an affine map of each channel."""
+    if is_op(node, aten.batch_norm):
+        by_input = argument(node, "training")
+    else:
+        by_input = not is_op(node, aten.instance_norm) or argument(node, "use_input_stats")
+    if by_input or argument(node, "running_mean") is None or argument(node, "running_var") is None:
+        return False
+    given = (argument(node, name) for name in ("running_mean", "running_var", "weight", "bias"))
+    return all(p in weights for p in given if p is not None)
+
+
+def does(node: fx.Node, source: fx.Node) -> tuple[bool, bool]:
+    """Does a channelwise sum or product scale its source, does it shift it?"""
+    if not is_op(node, aten.add, aten.sub, aten.rsub):
+        return True, False
+    first = argument(node, "self") is source
+    if is_op(node, aten.add):
+        return not first and argument(node, "alpha") not in (None, 1), True
+    return is_op(node, aten.rsub) or not first, True
+
+
 def _is_quiet(node: fx.Node) -> bool:
     """Dropout at inference."""
     return is_op(node, aten.dropout, aten.feature_dropout) and argument(node, "train") is False
@@ -51,7 +70,7 @@ def constant_operand(node: fx.Node, source: fx.Node) -> Any:
 
 def acts_on(node: fx.Node, source: fx.Node, weights: frozenset[fx.Node]) -> tuple[int | None, bool]:
     """The channel axis (None: every axis alike), and whether something is added."""
-    if is_op(node, aten.batch_norm):
+    if is_op(node, aten.batch_norm, aten.instance_norm):
         return 1, True
     if is_op(node, aten.neg, aten.to, aten._to_copy, *_COPIES) or _is_quiet(node):
         return None, False

@@ -1,29 +1,27 @@
 """Who reads the channels of a tensor in the end: may a scale and a shift of them go into the weights of all readers?
 
-The way from the tensor to a projection leads through operators that act on each channel alone. A scale passes every
-linear one; a shift passes those whose weights sum to one (views, means, interpolation); a positive scale passes the
-maximum. Flattening (C, H, W) repeats each channel's number H W times.
+The way from the tensor to a projection leads through operators that let a scale (and the shift) pass (`lanes`); a
+positive scale passes the maximum.
 """
 
 from __future__ import annotations
 
 from collections.abc import Set
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 from torch import fx
 
-from normfuse.analysis.axes import carried_operands, carried_to
+from normfuse.analysis.lanes import Lane, Step, behind, behind_maximum, is_gate
 from normfuse.analysis.projections import TRANSPOSED, Projection, projection
-from normfuse.graph.node import argument, arguments, aten, is_op, op_name, product, rank, readers, same_size, shape, site
+from normfuse.graph.node import is_op, op_name, rank, readers, shape, site
 
 
 @dataclass(frozen=True)
 class End:
-    """A projection that reads the channels, each repeated `repeats` times in a row."""
+    """A projection that reads the channels, laid out along its inputs by `steps`."""
 
     projection: Projection
-    repeats: int
+    steps: tuple[Step, ...] = ()
 
     @property
     def node(self) -> fx.Node:
@@ -34,10 +32,16 @@ class End:
         """Does it put zeros around its input, which a shift would not reach?"""
         return self.projection.padded
 
+    @property
+    def inputs(self) -> int:
+        """How many channels it reads: its weight knows, also where image sizes are free."""
+        found = self.projection
+        return int(shape(found.weight)[found.in_axis]) * (1 if found.in_axis == 0 else found.groups)
+
 
 @dataclass(frozen=True)
 class Reach:
-    """The ends; or the reason why they cannot take it; and whether the scale must be positive on the way."""
+    """The ends; why they, or another reader, cannot take it; and whether the scale must be positive on the way."""
 
     ends: tuple[End, ...] = ()
     reason: str | None = None
@@ -49,92 +53,63 @@ class Reach:
         matrices = (n for end in self.ends for n in end.node.all_input_nodes if n.op == "get_attr" and rank(n) > 1)
         return next((n for n in matrices if len(n.users) > 1), None)
 
+    @property
+    def bordered(self) -> fx.Node | None:
+        """A reader that puts zeros around what it reads."""
+        return next((end.node for end in self.ends if end.bordered), None)
 
-@dataclass(frozen=True)
-class _Place:
-    node: fx.Node
-    axis: int | None
+
+def reach(tensor: fx.Node, axis: int | None, weights: Set[fx.Node], *, shifted: bool, name: str = "it") -> Reach:
+    """Follow the channels of `tensor` along `axis` (None: all its numbers are treated alike) to their readers.
+
+    `name`: what the tensor is called in a reason.
+    """
+    walk = _Walk(weights, shifted, name)
+    reason = walk.follow(tensor, Lane(axis))
+    if reason is None and not walk.ends:
+        reason = f"nothing reads {name}"
+    return Reach(tuple(walk.ends), reason, walk.positive_for)
 
 
-def reach(tensor: fx.Node, axis: int | None, weights: Set[fx.Node], *, shifted: bool) -> Reach:
-    """Follow the channels of `tensor` along `axis` (None: all its numbers are treated alike) to their readers."""
-    ends: list[End] = []
+@dataclass
+class _Walk:
+    weights: Set[fx.Node]
+    shifted: bool
+    name: str
+    ends: list[End] = field(default_factory=list)
     positive_for: fx.Node | None = None
-    channels = 0 if axis is None else shape(tensor)[axis]
-    pending = [_Place(tensor, axis)]
-    while pending:
-        place = pending.pop(0)
-        for user in readers(place.node):
-            if user.op == "output":
-                return Reach(reason="it is also an output of the model")
-            found = projection(user, place.node, weights)
-            if found is not None and place.axis in (None, found.channel_axis % rank(place.node)):
-                if shifted and is_op(user, *TRANSPOSED):
-                    return Reach(reason=f"a shift does not pass the transposed convolution at {site(user)}")
-                ends.append(End(found, _repeats(found, channels)))
-                continue
-            if is_op(user, *_MAXIMA) or (is_op(user, aten.relu) and not shifted):
-                positive_for = user
-                pending.append(_Place(user, place.axis))
-                continue
-            following = _step(user, place, shifted)
-            if following is None:
-                return Reach(reason=f"it is also read by {op_name(user)} at {site(user)}")
-            pending.append(following)
-    return Reach(tuple(ends), None if ends else "nothing reads it", positive_for)
+    met: set[fx.Node] = field(default_factory=set)
 
-
-def _repeats(found: Projection, channels: Any) -> int:
-    """How many inputs of the projection each channel became: its weight knows, also where image sizes are free."""
-    inputs = shape(found.weight)[found.in_axis]
-    return int(inputs) * (1 if found.in_axis == 0 else found.groups) // int(channels) if channels else 1
-
-
-_MAXIMA = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)
-_VIEWS = (
-    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.contiguous, aten.clone,
-    aten.unsqueeze, aten.squeeze, aten.t, aten.slice, aten.select, aten.expand, aten.roll, aten.flip,
-)  # fmt: skip
-_MEANS = (
-    aten.mean, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.upsample_nearest2d,
-    aten.upsample_bilinear2d,
-)  # fmt: skip
-_POOLS = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
-
-
-def _step(user: fx.Node, place: _Place, shifted: bool) -> _Place | None:
-    """Where the channels lie behind `user`, if it lets the scale (and the shift) through."""
-    if not _averages(user) and (shifted or place.axis is None):
+    def follow(self, tensor: fx.Node, lane: Lane) -> str | None:
+        """Why not; None if every reader is an end or lets the numbers through."""
+        pending: list[tuple[fx.Node, Lane, fx.Node | None]] = [(tensor, lane, None)]
+        while pending:
+            node, lane, gate = pending.pop(0)
+            for user in readers(node):
+                if user.op == "output":
+                    return f"{self.name} is also an output of the model"
+                if (found := self._end(user, node, lane)) is not None:
+                    if self.shifted and is_op(user, *TRANSPOSED):
+                        return f"a shift does not pass the transposed convolution at {site(user)}"
+                    self.ends.append(found)
+                    continue
+                following = None if user in self.met else self._behind(user, node, lane)
+                if following is None:
+                    reader = gate or user
+                    return f"{self.name} is also read by {op_name(reader)} at {site(reader)}"
+                self.met.add(user)
+                passed = gate or (user if is_gate(user, node, lane) else None)
+                pending += [(*place, passed) for place in following]
         return None
-    if place.axis is None:
-        return _Place(user, None)
-    target = carried_to(user, place.node, place.axis)
-    if target is not None and carried_operands(user, target) == [(place.node, place.axis)]:
-        return _Place(user, target)
-    return _flattened(user, place) if is_op(user, aten.view, aten.reshape, aten.flatten) else None
 
+    def _end(self, user: fx.Node, node: fx.Node, lane: Lane) -> End | None:
+        found = projection(user, node, self.weights)
+        matches = found is not None and lane.axis in (None, found.channel_axis % rank(node))
+        return End(found, lane.steps) if matches else None  # type: ignore[arg-type]
 
-def _averages(user: fx.Node) -> bool:
-    """Is every number of the result a weighted mean of numbers of one channel, so that a constant stays what it is?"""
-    if is_op(user, *_POOLS):
-        given = arguments(user)
-        padded = any(given["padding"] if isinstance(given["padding"], list) else [given["padding"]])
-        return given.get("divisor_override") is None and (not padded or not given["count_include_pad"])
-    if is_op(user, aten.pad):
-        return argument(user, "mode") != "constant"
-    if is_op(user, aten.dropout, aten.feature_dropout):
-        return argument(user, "train") is False
-    return is_op(user, *_VIEWS, *_MEANS)
-
-
-def _flattened(user: fx.Node, place: _Place) -> _Place | None:
-    """(.., C, H, W, ..) -> (.., C H W, ..): the axis that holds all of these, and no more."""
-    before, after, axis = shape(place.node), shape(user), place.axis
-    assert axis is not None
-    for position in range(len(after)):
-        if not same_size(product(after[:position]), product(before[:axis])):
-            continue
-        for end in range(axis + 2, len(before) + 1):
-            if same_size(product(before[axis:end]), after[position]):
-                return _Place(user, position)
-    return None
+    def _behind(self, user: fx.Node, node: fx.Node, lane: Lane) -> list[tuple[fx.Node, Lane]] | None:
+        largest = behind_maximum(user, node, lane, shifted=self.shifted)
+        if largest is not None:
+            self.positive_for = user
+            return [(user, largest)]
+        return behind(user, node, lane, shifted=self.shifted)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from normfuse.graph.node import same_size
+from torch import fx
+
+from normfuse.graph.node import arguments, same_size
 
 
 @dataclass(frozen=True)
@@ -91,4 +93,25 @@ def count(sizes: Sequence[Any]) -> int | None:
     return total
 
 
-__all__ = ["Placement", "Window", "Windows", "common", "count", "placement"]
+def per_axis(item: Any, n: int) -> list[int]:
+    """A size for each of n axes, however it was given."""
+    items = [item] if isinstance(item, int) else list(item)
+    return items * n if len(items) == 1 else items
+
+
+def windows_of(node: fx.Node, kernel: Sequence[Any]) -> Windows | None:
+    """How the convolution `node` with a kernel of these sizes moves, if all of that is numbers."""
+    n, a = len(kernel), arguments(node)
+    strides, dilations, padding = per_axis(a["stride"], n), per_axis(a["dilation"], n), a["padding"]
+    if isinstance(padding, str):
+        around = [d * (k - 1) if padding == "same" else 0 for k, d in zip(kernel, dilations, strict=True)]
+        pads = [(p // 2, p - p // 2) for p in around]
+    else:
+        pads = [(p, p) for p in per_axis(padding, n)]
+    if not all(isinstance(x, int) for x in (*kernel, *strides, *dilations, *(p for pair in pads for p in pair))):
+        return None
+    taps = zip(kernel, strides, dilations, pads, strict=True)
+    return tuple(Window(k, s, d, low, high) for k, s, d, (low, high) in taps)
+
+
+__all__ = ["Placement", "Window", "Windows", "common", "count", "per_axis", "placement", "windows_of"]

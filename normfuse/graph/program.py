@@ -44,6 +44,8 @@ class Program:
     notes: tuple[str, ...] = ()
     settled: Mapping[str, Tensor] = field(default_factory=dict)
     """Buffers whose values decided about the rewrites, so that another checkpoint must have the same."""
+    version: int = field(default=0, compare=False)
+    """How often the graph has been edited: what was found out about an earlier version does not hold any more."""
 
     def copy(self) -> Program:
         """The same program over new nodes; node names and metadata are kept."""
@@ -71,11 +73,16 @@ class Program:
     def parameter_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.tensors.values())
 
+    def touch(self) -> None:
+        """The graph is another one now."""
+        self.version += 1
+
     def drop_dead(self) -> None:
         """Remove nodes that nothing reads, and tensors that no node names. Inputs always stay."""
         for node in reversed(list(self.graph.nodes)):
             if not node.users and node.op not in ("placeholder", "output"):
                 self.graph.erase_node(node)
+                self.touch()
         live = {str(n.target) for n in self.graph.nodes if n.op == "get_attr"}
         self.tensors = {k: v for k, v in self.tensors.items() if k in live}
         self.origins = {k: v for k, v in self.origins.items() if k in live}

@@ -64,7 +64,6 @@ def _scale_weight(node: fx.Node, facts: Facts, edit: Editor) -> None:
             with edit.at(node):
                 scaled = edit.value(weight) * edit.value(scale).unsqueeze(1)
                 edit.replace(node, edit.rebuild(projected, weight=scaled))
-            facts.drop()
             return
 
 

@@ -65,7 +65,6 @@ def _sweep_to_fixpoint(program: Program, rule: Rewrite, facts: Facts, edit: Edit
                 continue
             if _try(rule, node, facts, edit, log, named):
                 fired = node
-                facts.drop()
         if fired is None:
             return
     raise RuleError(f"{rule.name} keeps firing, last at {site(fired or program.output)}: it undoes itself or feeds itself")

@@ -99,7 +99,6 @@ class Editor:
         self.choice = choice
         self.pass_name = pass_name
         self.log = log
-        self.changed = False
         self._anchor: fx.Node | None = None
         self._made: dict[Any, fx.Node] = {}
         self._firing: FiringKey | None = None
@@ -184,13 +183,14 @@ class Editor:
             node = self.program.graph.create_node("get_attr", target, (), {}, name=target.replace(".", "_"))
         fake = self.program.fake_mode.from_tensor(tensor.detach(), static_shapes=True)
         node.meta = {"val": fake, "site_name": target}
-        self.changed = True
+        self.program.touch()
         return Value(node, self)
 
     def mark_weight(self, node: fx.Node) -> None:
         """`bake` shall evaluate this parameter-only node, although no pass made it."""
         node.meta["bake"] = True
         node.meta["firing"] = self._firing
+        self.program.touch()
 
     def _create(self, target: Any, args: Any, kwargs: Any) -> fx.Node:
         graph, anchor = self.program.graph, self._anchor
@@ -205,7 +205,7 @@ class Editor:
         with scope:
             node = graph.call_function(target, args, kwargs)
         node.meta = self._meta(node, fixed)
-        self.changed = True
+        self.program.touch()
         return node
 
     def _meta(self, node: fx.Node, fixed: bool) -> dict[str, Any]:
@@ -229,7 +229,7 @@ class Editor:
     def refresh(self, node: fx.Node) -> None:
         """Derive anew what the node computes: one of its inputs has another shape now. Work in graph order."""
         node.meta["val"] = self.infer(node)
-        self.changed = True
+        self.program.touch()
 
     # -- replacing
 
@@ -239,7 +239,7 @@ class Editor:
         node.meta.setdefault("anchor", anchor_name(old))
         self._replaced[old] = node
         old.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
-        self.changed = True
+        self.program.touch()
         self.remove_dead(old)
         return node
 
@@ -252,7 +252,7 @@ class Editor:
     def replace_input(self, reader: fx.Node, old: fx.Node, new: fx.Node | Value) -> None:
         """One reader reads `new` instead of `old`."""
         reader.replace_input_with(old, new.node if isinstance(new, Value) else new)
-        self.changed = True
+        self.program.touch()
         self.remove_dead(old)
 
     def insert_behind(self, node: fx.Node, make: Callable[[Value], Value]) -> None:
@@ -262,7 +262,7 @@ class Editor:
             new = make(Value(node, self)).node
         for reader in old:
             reader.replace_input_with(node, new)
-        self.changed = True
+        self.program.touch()
 
     def remove_dead(self, node: fx.Node) -> None:
         """Erase a node that nothing reads, and then its inputs that only it read."""
@@ -273,7 +273,7 @@ class Editor:
                 continue
             stack.extend(current.all_input_nodes)
             self.program.graph.erase_node(current)
-            self.changed = True
+            self.program.touch()
 
 
 def _like(old: Any, new: Any) -> Any:
@@ -349,4 +349,5 @@ def constant(program: Program, name: str, tensor: Tensor, *, like: str = "") -> 
         node = program.graph.create_node("get_attr", name, (), {}, name=name.replace(".", "_"))
     with program.fake_mode:
         node.meta = {"val": torch.empty(tensor.shape, dtype=tensor.dtype), "site_name": name}
+    program.touch()
     return node

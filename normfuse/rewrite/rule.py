@@ -70,13 +70,11 @@ class Match:
 
 @dataclass(frozen=True)
 class Rule:
-    """What every pass has. `needs` and `gives` name graph forms; the pipeline refuses an order that lacks one."""
+    """What every pass has."""
 
     name: str
     exactness: Exactness = field(kw_only=True)
     phase: Phase = field(default=Phase.REPARAMETERIZE, kw_only=True)
-    needs: tuple[str, ...] = field(default=(), kw_only=True)
-    gives: tuple[str, ...] = field(default=(), kw_only=True)
     on_request: bool = field(default=False, kw_only=True)
     """True: runs only when asked for by name."""
 

@@ -102,4 +102,5 @@ def _install(program: Program, node: fx.Node, name: str, tensor: Tensor, origin:
         new = program.graph.create_node("get_attr", name, (), {}, name=name.replace(".", "_"))
     new.meta = {**node.meta, "site_name": name}
     node.replace_all_uses_with(new)
+    program.touch()
     return new

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 import normfuse
 from normfuse import models
-from normfuse.passes import fold_norm_affine
+from normfuse.algebra import push
+from normfuse.analysis.reach import End
 from normfuse.rewrite import Editor, Value
 from tests.support import (
     assert_idempotent,
@@ -181,14 +184,14 @@ def test_a_gain_on_the_wrong_axis_is_rolled_back(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_skipped_reader_is_rolled_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    true = fold_norm_affine._with_gain
+    true = push.taken
 
-    def skip_b(reader: object, gain: object, shift: object, edit: Editor) -> Value:
-        if "b_weight" in str(reader.weight):  # type: ignore[attr-defined]
-            return edit.rebuild(reader.node)  # type: ignore[attr-defined]
-        return true(reader, gain, shift, edit)  # type: ignore[arg-type]
+    def skip_b(edit: Editor, end: End, *rest: Any) -> Value:
+        if "b_weight" in str(end.projection.weight):
+            return edit.rebuild(end.node)
+        return true(edit, end, *rest)
 
-    monkeypatch.setattr(fold_norm_affine, "_with_gain", skip_b)
+    monkeypatch.setattr(push, "taken", skip_b)
     assert_rolled_back(randomised(Square()), image(2, 5, WIDTH), pass_name=NAME)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -69,7 +71,51 @@ class Transposed(nn.Module):
         return y
 
 
+class Flattening(Linear):
+    """The same over tokens: GPT-2's own layer flattens them and takes the result apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(12, 10)), nn.Parameter(torch.ones(10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.addmm(self.bias, x.view(-1, x.shape[-1]), self.weight)
+        return y.view(*x.shape[:-1], 10) + self.b(self.a(x)) * self.scale
+
+
+class Pooled(nn.Module):
+    """QA-LoRA: the adapter reads means of groups of channels, times their size."""
+
+    def __init__(self, gather: Callable[[Tensor], Tensor], width: int) -> None:
+        super().__init__()
+        self.base, self.gather = nn.Linear(12, 10), gather
+        self.a, self.b = nn.Linear(width, 2, bias=False), nn.Linear(2, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.b(self.a(self.gather(x) * 3.0)) * 0.7
+
+
+class Bone(nn.Module):
+    """The adapter is one matrix behind a sum over every third channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.bone = nn.Linear(12, 10), nn.Parameter(torch.ones(3, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + x.reshape(*x.shape[:-1], 4, 3).sum(-2) @ self.bone
+
+
+def tokens() -> tuple[Tensor, ...]:
+    return (torch.randn(2, 5, 12) + 0.4,)
+
+
 CASES = {
+    "gpt-2": (Flattening, tokens, "linear"),
+    "qa-lora": (lambda: Pooled(lambda x: F.avg_pool1d(x, 3), 4), tokens, "linear"),
+    "group means": (lambda: Pooled(lambda x: x.unflatten(-1, (4, 3)).mean(-1), 4), tokens, "linear"),
+    "group sums": (lambda: Pooled(lambda x: x.view(2, 5, 4, 3).sum(-1), 4), tokens, "linear"),
+    "bone": (Bone, tokens, "linear"),
     "linear": (Linear, lambda: (torch.randn(2, 5, 12) + 0.4,), "linear"),
     "rslora": (lambda: Linear(16 / RANK**0.5), lambda: (torch.randn(2, 5, 12) + 0.4,), "linear"),
     "conv": (Conv, lambda: (images(4, 9, 9),), "conv2d"),
@@ -144,6 +190,29 @@ def test_a_scale_that_depends_on_the_input_stays() -> None:
             return self.base(x) + self.b(self.a(x)) * x.mean()
 
     assert not run(randomized(Gated()), [torch.randn(2, 12)], PASS).report.fired
+
+
+@pytest.mark.parametrize(
+    "gather",
+    [lambda x: F.avg_pool1d(x, 3, stride=1)[..., :4], lambda x: x.unflatten(-1, (4, 3)).amax(-1), lambda x: x[..., :4]],
+)
+def test_other_sums_of_channels_stay(gather: Callable[[Tensor], Tensor]) -> None:
+    optimized = run(randomized(Pooled(gather, 4)), tokens(), PASS, verify=False)
+    assert not optimized.report.fired
+
+
+def test_a_pool_over_positions_is_no_sum_of_channels() -> None:
+    """avg_pool1d over (N, C, L) before a convolution pools positions."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base, self.a, self.b = (nn.Conv1d(i, o, 1, bias=False) for i, o in ((6, 6), (6, 2), (2, 6)))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base(F.avg_pool1d(x, 3)) + self.b(self.a(F.avg_pool1d(x, 3)))
+
+    assert_same(run(randomized(Positions()), [torch.randn(2, 6, 9) + 0.4], PASS))
 
 
 # --- a mutant fails, idempotent
