@@ -14,10 +14,11 @@ from torch import fx
 
 from normfuse.analysis import Facts
 from normfuse.analysis.axes import carried_operands
-from normfuse.analysis.projections import TRANSPOSED, Projection, projection
+from normfuse.analysis.projections import Projection, projection
 from normfuse.graph.node import argument, aten, is_op, op_name, rank, readers, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 
@@ -62,10 +63,7 @@ def _projection_before(node: fx.Node, facts: Facts) -> tuple[Projection | None, 
 
 def _passes_shift(node: fx.Node) -> bool:
     """Views keep a shift as it is; pooling with padding, masking or scaling do not."""
-    return is_op(
-        node, aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.contiguous,
-        aten.unsqueeze, aten.squeeze, aten.clone, aten.t, aten.slice, aten.select,
-    )  # fmt: skip
+    return is_a(node, Trait.WHOLE | Trait.PART | Trait.COPY)
 
 
 def _parameters(node: fx.Node) -> tuple[fx.Node | None, ...]:
@@ -101,7 +99,7 @@ def _scaled_projection(found: Projection, scale: Value, shift: Value, edit: Edit
 
 
 def _scale_outputs(weight: Value, scale: Value, found: Projection) -> Value:
-    if not is_op(found.node, *TRANSPOSED) or found.groups == 1:
+    if not is_a(found.node, Trait.TRANSPOSED) or found.groups == 1:
         return weight * scale.along(found.out_axis, weight.ndim)
     # Transposed: (in, out / groups, ...), output channel = group * (out / groups) + j.
     inputs, outputs, *kernel = shape(weight.node)

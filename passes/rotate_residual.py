@@ -31,6 +31,7 @@ from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.ops.norms import CRMS_NORM, RMS_NORM
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 Make = Callable[[Program, Stream | None, int], Tensor | str]
@@ -80,7 +81,7 @@ def configured(
 def _rotate_streams(program: Program, facts: Facts, edit: Editor, make: Make) -> None:
     done: set[fx.Node] = set()
     plain = frozenset(n for n in program.graph.nodes if is_op(n, RMS_NORM) and _is_plain(n))
-    for norm in [n for n in program.graph.nodes if is_op(n, RMS_NORM, CRMS_NORM, aten.layer_norm)]:
+    for norm in [n for n in program.graph.nodes if is_a(n, Trait.ROW_NORM) or is_op(n, CRMS_NORM)]:
         if norm in done or norm in facts(weight_only):
             continue
         found = stream_of(norm.args[0], rank(norm) - 1, facts(weight_only), plain)  # type: ignore[arg-type]
@@ -116,8 +117,7 @@ def _blocker(found: Stream, facts: Facts) -> str | None:
 
 def _projection(reader: Reader, facts: Facts) -> Projection | None:
     found = projection(reader.node, reader.tensor, facts(weight_only))
-    fits = found is not None and found.groups == 1 and reader.axis == found.channel_axis % rank(reader.tensor)
-    return found if fits else None
+    return found if found and found.groups == 1 and reader.axis == found.channel_axis % rank(reader.tensor) else None
 
 
 def _rotate(found: Stream, matrix: Value, edit: Editor, facts: Facts) -> None:
@@ -128,8 +128,8 @@ def _rotate(found: Stream, matrix: Value, edit: Editor, facts: Facts) -> None:
     for read in readers:
         node = edit.current(read.node)  # a projection may read the stream and write it
         with edit.at(node):
-            weight = edit.value(argument(node, read.weight_name))
-            edit.replace(node, edit.rebuild(node, **{read.weight_name: turn(weight, read.in_axis)}))
+            turned = turn(edit.value(argument(node, read.weight_name)), read.in_axis)
+            edit.replace(node, edit.rebuild(node, **{read.weight_name: turned}))
 
 
 def _rotate_heads(program: Program, facts: Facts, edit: Editor, make: Make) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis.affine import AffineMap
-from normfuse.analysis.projections import CONVOLUTIONS, projection
+from normfuse.analysis.projections import projection
 from normfuse.analysis.windows import count
 from normfuse.graph.node import aten, is_op, rank, shape
+from normfuse.ops.traits import Trait, is_a
 
 
 def projections_in(m: AffineMap, weights: frozenset[fx.Node]) -> list[fx.Node]:
@@ -31,7 +32,7 @@ def dearer(m: AffineMap, node: fx.Node, weights: frozenset[fx.Node]) -> str | No
 def _multiplications(node: fx.Node, weights: frozenset[fx.Node]) -> int | None:
     found = projection(node, None, weights)
     assert found is not None
-    channels = 1 if is_op(node, *CONVOLUTIONS) else rank(node) - 1
+    channels = 1 if is_a(node, Trait.CONVOLUTION) else rank(node) - 1
     places, size = count([s for i, s in enumerate(shape(node)) if i != channels]), count(shape(found.weight))
     return None if places is None or size is None else places * size
 

@@ -7,25 +7,19 @@ off the way, because he would see the factor too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-import torch
 from torch import fx
 
 from normfuse.analysis.projections import projection
 from normfuse.analysis.streams import Writer
 from normfuse.analysis.writers import Writers
 from normfuse.graph.node import argument, arguments, aten, is_getitem, is_op, op_name, rank, readers, site
+from normfuse.ops.traits import Trait, is_a, traits_of
 
-NORMS = (aten.layer_norm, torch.ops.normfuse.rms_norm, aten.batch_norm, aten.group_norm)
-_PRODUCTS = (aten.mul, aten.matmul, aten.bmm)
-_SUMS = (aten.add, aten.sub)
-_ALONE = (
-    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.contiguous, aten.clone,
-    aten.unsqueeze, aten.squeeze, aten.t, aten.slice, aten.select, aten.expand, aten.roll, aten.flip, aten.neg,
-    aten.mean, aten.sum, aten.repeat, aten.repeat_interleave, aten.split, aten.split_with_sizes, aten.chunk,
-    aten.unbind, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d,
-)  # fmt: skip
+_NORMS = Trait.ROW_NORM | Trait.GROUP_NORM | Trait.STORED_NORM | Trait.OWN_NORM
 
 
 @dataclass
@@ -62,22 +56,17 @@ def _visit(node: fx.Node, found: Sources, known: Writers) -> str | None:
         return known.why_not(found.writers[-1])
     found.way.add(node)
     if projection(node, None, known.weights) is not None or _is_lookup(node, known):
-        found.writers.append(Writer(node, 1 if is_op(node, *_CONVOLVING) else rank(node) - 1))
+        found.writers.append(Writer(node, 1 if is_a(node, Trait.CONVOLVING) else rank(node) - 1))
         return None
-    if is_op(node, *NORMS) and argument(node, "weight") in known.weights:
+    if is_a(node, _NORMS) and argument(node, "weight") in known.weights:
         found.norms.append(node)
         return None
-    if is_op(node, *_PRODUCTS):
+    if len(traits_of(node).linear) > 1:
         return _visit_product(node, found, known)
     operands = _operands(node)
     if operands is None:
         return f"{op_name(node)} at {site(node)} has no weights that could take the factor"
     return next((why for operand in operands if (why := _visit_operand(operand, node, found, known))), None)
-
-
-_CONVOLVING = (
-    aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d,
-)  # fmt: skip
 
 
 def _is_lookup(node: fx.Node, known: Writers) -> bool:
@@ -108,15 +97,16 @@ def _visit_product(node: fx.Node, found: Sources, known: Writers) -> str | None:
 
 def _operands(node: fx.Node) -> list[fx.Node] | None:
     """The operands that must all take the factor for the result to have it."""
-    if is_getitem(node) or is_op(node, *_ALONE):
+    if is_getitem(node):
         return [node.args[0]]  # type: ignore[list-item]
-    if is_op(node, aten.dropout, aten.feature_dropout):
-        return [node.args[0]] if argument(node, "train") is False else None  # type: ignore[list-item]
-    if is_op(node, aten.div):
-        return [node.args[0]] if arguments(node).get("rounding_mode") is None else None  # type: ignore[list-item]
-    if is_op(node, *_SUMS):
-        both = [argument(node, "self"), argument(node, "other")]
-        return both if all(isinstance(x, fx.Node) for x in both) else None
-    if is_op(node, aten.cat, aten.concat, aten.stack):
-        return list(argument(node, "tensors"))
-    return None
+    groups, given = traits_of(node).linear, arguments(node)
+    off = given.get("train") or given.get("rounding_mode") is not None
+    if len(groups) != 1 or off:
+        return None
+    items = [item for name in groups[0] for item in _several(given.get(name))]
+    operands = [item for item in items if isinstance(item, fx.Node)]
+    return operands if len(operands) == len(items) else None
+
+
+def _several(item: Any) -> Sequence[Any]:
+    return item if isinstance(item, list | tuple) else [item]

@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import aten, expression, is_getitem, is_op, rank, same_size, shape, value
+from normfuse.graph.node import expression, is_getitem, rank, same_size, shape, value
+from normfuse.ops.traits import Trait, is_a
 
-_LAYOUT = (
-    aten.view, aten.reshape, aten._unsafe_view, aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.flatten,
-    aten.unflatten, aten.unbind, aten.split, aten.split_with_sizes, aten.chunk, aten.slice, aten.select, aten.contiguous,
-    aten.clone, aten.movedim, aten.swapaxes, aten.narrow, aten.t,
-)  # fmt: skip
+_LAYOUT = Trait.WHOLE | Trait.PART | Trait.PARTS | Trait.COPY
 _PRIMES = (2, 3, 5, 7, 11, 13)
 _DOUBLINGS = 14
 """What strided convolutions leave of a short signal is nothing: theirs are tried longer."""
@@ -24,7 +21,7 @@ _DOUBLINGS = 14
 
 def is_layout(node: Any) -> bool:
     """Does the node only move elements, and read one tensor?"""
-    return is_getitem(node) or is_op(node, *_LAYOUT)
+    return is_getitem(node) or is_a(node, _LAYOUT)
 
 
 def root_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:

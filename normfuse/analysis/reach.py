@@ -14,8 +14,9 @@ from typing import Any
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands, carried_to
-from normfuse.analysis.projections import TRANSPOSED, Projection, projection
+from normfuse.analysis.projections import Projection, projection
 from normfuse.graph.node import argument, arguments, aten, is_op, op_name, product, rank, readers, same_size, shape, site
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,11 @@ def reach(tensor: fx.Node, axis: int | None, weights: Set[fx.Node], *, shifted: 
                 return Reach(reason="it is also an output of the model")
             found = projection(user, place.node, weights)
             if found is not None and place.axis in (None, found.channel_axis % rank(place.node)):
-                if shifted and is_op(user, *TRANSPOSED):
+                if shifted and is_a(user, Trait.TRANSPOSED):
                     return Reach(reason=f"a shift does not pass the transposed convolution at {site(user)}")
                 ends.append(End(found, _repeats(found, channels)))
                 continue
-            if is_op(user, *_MAXIMA) or (is_op(user, aten.relu) and not shifted):
+            if is_a(user, Trait.MAX_POOL) or (is_op(user, aten.relu) and not shifted):
                 positive_for = user
                 pending.append(_Place(user, place.axis))
                 continue
@@ -90,16 +91,7 @@ def _repeats(found: Projection, channels: Any) -> int:
     return int(inputs) * (1 if found.in_axis == 0 else found.groups) // int(channels) if channels else 1
 
 
-_MAXIMA = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d)
-_VIEWS = (
-    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.contiguous, aten.clone,
-    aten.unsqueeze, aten.squeeze, aten.t, aten.slice, aten.select, aten.expand, aten.roll, aten.flip,
-)  # fmt: skip
-_MEANS = (
-    aten.mean, aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.upsample_nearest2d,
-    aten.upsample_bilinear2d,
-)  # fmt: skip
-_POOLS = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
+_MEANS = Trait.WHOLE | Trait.EXPAND | Trait.PART | Trait.COPY | Trait.ROLL | Trait.AVERAGE
 
 
 def _step(user: fx.Node, place: _Place, shifted: bool) -> _Place | None:
@@ -111,20 +103,20 @@ def _step(user: fx.Node, place: _Place, shifted: bool) -> _Place | None:
     target = carried_to(user, place.node, place.axis)
     if target is not None and carried_operands(user, target) == [(place.node, place.axis)]:
         return _Place(user, target)
-    return _flattened(user, place) if is_op(user, aten.view, aten.reshape, aten.flatten) else None
+    return _flattened(user, place) if is_a(user, Trait.RESHAPE) else None
 
 
 def _averages(user: fx.Node) -> bool:
     """Is every number of the result a weighted mean of numbers of one channel, so that a constant stays what it is?"""
-    if is_op(user, *_POOLS):
+    if is_a(user, _MEANS):
+        return True
+    if is_a(user, Trait.MEAN_POOL):
         given = arguments(user)
         padded = any(given["padding"] if isinstance(given["padding"], list) else [given["padding"]])
         return given.get("divisor_override") is None and (not padded or not given["count_include_pad"])
     if is_op(user, aten.pad):
         return argument(user, "mode") != "constant"
-    if is_op(user, aten.dropout, aten.feature_dropout):
-        return argument(user, "train") is False
-    return is_op(user, *_VIEWS, *_MEANS)
+    return is_op(user, aten.dropout, aten.feature_dropout) and argument(user, "train") is False
 
 
 def _flattened(user: fx.Node, place: _Place) -> _Place | None:

@@ -19,13 +19,9 @@ from normfuse.analysis.projections import Projection, projection
 from normfuse.graph.node import argument, aten, is_getitem, is_op, rank, readers, same_size, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
+from normfuse.ops.traits import Trait, is_a
 
-_MOVES = (
-    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.transpose, aten.t, aten.permute,
-    aten.unsqueeze, aten.squeeze, aten.expand, aten.contiguous, aten.clone, aten.alias, aten.slice, aten.select,
-    aten.narrow, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.repeat, aten.repeat_interleave,
-    aten.movedim, aten.swapaxes, aten.roll, aten.flip,
-)  # fmt: skip
+_MOVES = Trait.VIEW | Trait.COPY | Trait.REPEAT | Trait.ROLL
 _SAME = (aten.dropout, aten.to, aten._to_copy, aten.neg)
 HOMOGENEOUS = (aten.relu, aten.leaky_relu)
 """f(s x) = s f(x) for every s > 0."""
@@ -185,7 +181,7 @@ def _move(node: fx.Node, labels: Any, source: fx.Node, scales: bool) -> Any:
         return labels
     if _times_one_number(node, source) or (scales and _commutes_with_scales(node, source)):
         return labels
-    if not is_op(node, *_MOVES) or not isinstance(labels, Tensor):
+    if not is_a(node, _MOVES) or not isinstance(labels, Tensor):
         return None
     target: Callable[..., Any] = node.target  # type: ignore[assignment]
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: labels if n is source else _number(n))

@@ -16,14 +16,10 @@ from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import argument, arguments, aten, is_op, op_name, rank, same_size, shape, site, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
+from normfuse.ops.traits import Trait, is_a
 
 Bounds = tuple[float, float]
-
-_COPIES = (aten.contiguous, aten.clone, aten.alias)
-_VIEWS = (
-    aten.view, aten.reshape, aten.expand, aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.slice,
-    aten.select, *_COPIES,
-)  # fmt: skip
+_VIEWS = Trait.WHOLE | Trait.EXPAND | Trait.PART | Trait.COPY
 _TABLES = (aten.embedding, aten.index, aten.index_select, aten.gather)
 _SUMS = (aten.add, aten.sub)
 
@@ -55,9 +51,9 @@ def _why_no_softmax(node: object, mix: fx.Node) -> str | None:
 def _keeps_rows(node: fx.Node) -> bool:
     if is_op(node, aten.dropout):
         return argument(node, "train") is False
-    if is_op(node, *_COPIES):
+    if is_a(node, Trait.COPY):
         return True
-    if not is_op(node, aten.view, aten.reshape, aten.expand, aten._unsafe_view):
+    if not is_a(node, Trait.RESHAPE | Trait.EXPAND):
         return False
     before, after = shape(node.args[0])[-1], shape(node)[-1]  # type: ignore[arg-type]
     return same_size(before, after) and not same_size(before, 1)
@@ -97,7 +93,7 @@ def bounds(program: Program, item: object, depth: int = 32) -> Bounds | None:
 
 def _bounds(program: Program, node: fx.Node, depth: int) -> Bounds | None:
     given = arguments(node)
-    if is_op(node, *_VIEWS, *_TABLES, aten.to, aten._to_copy):
+    if is_a(node, _VIEWS) or is_op(node, *_TABLES, aten.to, aten._to_copy):
         return bounds(program, node.args[0], depth)
     if is_op(node, aten.zeros, aten.zeros_like, aten.new_zeros):
         return (0.0, 0.0)

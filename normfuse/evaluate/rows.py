@@ -14,6 +14,7 @@ from normfuse.graph.node import argument, arguments, aten, is_op, shape
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
 from normfuse.ops.norms import RMS_NORM
+from normfuse.ops.traits import Trait, is_a
 
 _LARGE = 1 << 18  # elements: weights above this are computed in blocks of rows
 
@@ -38,8 +39,6 @@ _ROWWISE_REDUCTIONS = (aten.mean, aten.sum, aten.var, aten.std, aten.linalg_vect
 
 _ROWWISE_NORMS = (aten.layer_norm, RMS_NORM)
 
-
-_ROWWISE_VIEWS = (aten.view, aten.reshape)
 
 
 _OVER_ROWS = (aten.mean, aten.sum, aten.amax)
@@ -129,7 +128,7 @@ class Weights:
         source = node.args[0]
         if not isinstance(source, fx.Node) or not self.rowwise(source):
             return False
-        if is_op(node, *_ROWWISE_VIEWS):
+        if is_a(node, Trait.RESHAPE):
             return shape(source)[0] == sizes[0]
         if len(shape(source)) < 2:
             return False
@@ -181,7 +180,7 @@ class Weights:
                 return self.whole(n)
             return self.rows(n, which) if self.rowwise(n) else self._hold(n)[which]
 
-        if is_op(node, *_ROWWISE_VIEWS):
+        if is_a(node, Trait.RESHAPE):
             block = fetch(node.args[0])  # type: ignore[arg-type]
             return block.reshape(len(block), *sizes[1:])
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fetch)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+
+from normfuse.ops.traits import Trait, is_a
 
 Dim = int | torch.SymInt
 
@@ -36,15 +38,20 @@ def op_name(node: fx.Node) -> str:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by schema name, defaults filled in, however the call was spelt."""
-    schema = getattr(node.target, "_schema", None)
+    return bound_arguments(node.target, node.args, node.kwargs)
+
+
+def bound_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of a call that is no node yet."""
+    schema = getattr(target, "_schema", None)
     if schema is None:
-        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+        return {str(i): a for i, a in enumerate(args)} | dict(kwargs)
     bound: dict[str, Any] = {}
     for position, parameter in enumerate(schema.arguments):
-        if position < len(node.args):
-            bound[parameter.name] = node.args[position]
-        elif parameter.name in node.kwargs:
-            bound[parameter.name] = node.kwargs[parameter.name]
+        if position < len(args):
+            bound[parameter.name] = args[position]
+        elif parameter.name in kwargs:
+            bound[parameter.name] = kwargs[parameter.name]
         else:
             bound[parameter.name] = parameter.default_value if parameter.has_default_value() else None
     return bound
@@ -115,15 +122,10 @@ def positive_axis(axis: int, ndim: int) -> int:
     return axis + ndim if axis < 0 else axis
 
 
-_SHAPE_ONLY = (
-    aten.sym_size, aten.sym_numel, aten.sym_stride, aten.new_ones, aten.new_zeros, aten.new_empty, aten.new_full,
-    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
-)  # fmt: skip
-
 
 def readers(node: fx.Node) -> tuple[fx.Node, ...]:
     """Readers of the node's *values*; nodes that ask only for its shape do not count."""
-    return tuple(user for user in node.users if not is_op(user, *_SHAPE_ONLY))
+    return tuple(user for user in node.users if not is_a(user, Trait.SHAPE_ONLY))
 
 
 def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:

@@ -19,6 +19,7 @@ from normfuse.inventory.table import page_of
 from normfuse.ops.norms import CRMS_NORM, L2_NORM, RMS_NORM, STANDARDIZE
 from normfuse.ops.softmax import SOFTMAX_OVER
 from normfuse.ops.squash import DERF, DYT
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.attention.one_key import is_over_one_key
 from normfuse.recognise.rows.weights import weight_patterns
 from normfuse.show.page import Page
@@ -136,7 +137,7 @@ def _pattern(kind: str, node: fx.Node, placement: Placement, weights: frozenset[
 def _axes_and_eps(kind: str, node: fx.Node) -> tuple[tuple[int, ...], float | None]:
     if is_op(node, aten.layer_norm, aten.rms_norm):
         return tuple(range(-len(argument(node, "normalized_shape")), 0)), argument(node, "eps")
-    if is_op(node, RMS_NORM, STANDARDIZE, CRMS_NORM, L2_NORM):
+    if is_op(node, RMS_NORM) or is_a(node, Trait.OWN_NORM | Trait.UNIT_NORM):
         return tuple(argument(node, "axes")), argument(node, "eps")
     if is_op(node, SOFTMAX_OVER):
         return tuple(argument(node, "axes")), None
@@ -164,8 +165,7 @@ def _affine(kind: str, node: fx.Node, weights: frozenset[fx.Node]) -> str:
     return " and ".join(name for name in ("weight", "bias") if name in has) or "none"
 
 
-_LOOKS = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.to, aten._to_copy, aten.type_as, aten.permute,
-          aten.transpose, aten.movedim, aten.contiguous, aten.squeeze, aten.unsqueeze)  # fmt: skip
+_LOOKS = Trait.WHOLE | Trait.CAST | Trait.COPY
 
 
 def _following(node: fx.Node, weights: frozenset[fx.Node]) -> set[str]:
@@ -178,7 +178,7 @@ def _following(node: fx.Node, weights: frozenset[fx.Node]) -> set[str]:
             found.add("weight")
         elif is_op(user, aten.add) and by_weight and "bias" not in found:
             found.add("bias")
-        elif not is_op(user, *_LOOKS) and not (is_op(user, aten.mul, aten.div) and len(user.all_input_nodes) == 1):
+        elif not is_a(user, _LOOKS) and not (is_op(user, aten.mul, aten.div) and len(user.all_input_nodes) == 1):
             break
         node = user
     return found

@@ -22,7 +22,7 @@ from normfuse.ops.norms import STANDARDIZE
 from normfuse.recognise.attention.labels import is_look, product_of
 from normfuse.recognise.rows.choose import plan_of
 from normfuse.recognise.rows.experiment import Experiment, numel
-from normfuse.recognise.rows.probe import CANONICAL, is_seed
+from normfuse.recognise.rows.probe import is_canonical, is_seed
 from normfuse.recognise.rows.regions import Region, region_from, sources_of
 from normfuse.recognise.rows.rows import all_finite, changed_rows
 from normfuse.recognise.rows.standardize import Standardisation, Standardised
@@ -50,7 +50,7 @@ def near_misses(program: Program) -> Iterator[Nearly]:
         if node in weights or node in explained:
             continue
         found = _said_exactly(node) or _other_weights(node, roles)
-        if found is None and is_seed(node, roles) and not is_op(node, *CANONICAL):
+        if found is None and is_seed(node, roles) and not is_canonical(node):
             found = _in_regions(node, roles, concretes, explained)
         if found is not None and found.node not in explained:
             explained.add(found.node)

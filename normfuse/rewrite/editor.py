@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from normfuse.graph.node import arguments, aten, is_weight, rank, shape, value
 from normfuse.graph.program import Origin, Program
+from normfuse.graph.spelling import spelt
 from normfuse.rewrite.record import FiringKey, Log
 
 
@@ -135,8 +136,8 @@ class Editor:
         return node if isinstance(node, Value) else Value(node, self)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Value:
-        """A call of an operator; the same call made before is returned instead."""
-        args, kwargs = _unwrap(args), _unwrap(kwargs)
+        """A call of an operator in its canonical spelling; the same call made before is returned instead."""
+        target, args, kwargs = spelt(target, _unwrap(args), _unwrap(kwargs), self._node)
         key = (target, _key(args), _key(kwargs))
         known = self._made.get(key)
         if known is not None and not known._erased and (self._anchor is None or is_weight(known) or known < self._anchor):
@@ -144,6 +145,9 @@ class Editor:
         node = self._create(target, args, kwargs)
         self._made[key] = node
         return Value(node, self)
+
+    def _node(self, target: Any, *args: Any) -> fx.Node:
+        return self.call(target, *args).node
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> Value:
         """A call by the canonical name of the operator: `edit.op("linear", x, w, b)`."""

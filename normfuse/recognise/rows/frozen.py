@@ -25,6 +25,7 @@ from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import aten, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import snapped
 from normfuse.recognise.rows.experiment import Experiment
 from normfuse.recognise.rows.regions import Region, region_from, sources_of
@@ -32,11 +33,10 @@ from normfuse.recognise.rows.rows import all_finite, varying_axes
 from normfuse.rewrite import Editor, Exactness, Phase, Transform, Value
 
 _ROOTS = (aten.rsqrt, aten.sqrt, aten.pow)
+_LOOKS = Trait.WHOLE | Trait.EXPAND | Trait.SELECT | Trait.COPY | Trait.CAST
 _POINTWISE = (
-    aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.rsqrt, aten.sqrt, aten.pow, aten.reciprocal, aten.to,
-    aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.unsqueeze, aten.expand, aten.select, aten.contiguous,
-    aten.clone, aten.addcmul, aten.permute, aten.transpose, aten.squeeze, aten.flatten, aten.clamp, aten.clamp_min,
-    aten.movedim,
+    aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.rsqrt, aten.sqrt, aten.pow, aten.reciprocal, aten.addcmul,
+    aten.clamp, aten.clamp_min,
 )  # fmt: skip
 _MAX_PROGRAM = 24
 _CLOSE = 1e-9
@@ -102,7 +102,7 @@ def _program(sides: list[fx.Node], roles: Roles) -> list[fx.Node] | None:
         node = stack.pop()
         if node in found:
             continue
-        pointwise = node.op == "get_attr" or is_op(node, *_POINTWISE)
+        pointwise = node.op == "get_attr" or is_a(node, _LOOKS) or is_op(node, *_POINTWISE)
         if roles(node) is Role.SIZE:
             continue
         if roles(node) is Role.ACTIVATION or not pointwise or len(found) > _MAX_PROGRAM:

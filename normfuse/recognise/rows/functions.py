@@ -22,7 +22,7 @@ from normfuse.graph.roles import Roles, is_view
 from normfuse.recognise.rows.choose import Plan, plan_of
 from normfuse.recognise.rows.emit import can_emit, emit_norm, emit_pointwise, emit_softmax
 from normfuse.recognise.rows.family import Activation, Softmax, Squashed
-from normfuse.recognise.rows.probe import CANONICAL, Probe, is_seed
+from normfuse.recognise.rows.probe import Probe, is_canonical, is_seed
 from normfuse.recognise.rows.regions import Region, sources_of
 from normfuse.recognise.rows.standardize import Standardised
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
@@ -126,12 +126,12 @@ def _alike(one: Any, two: Any) -> bool:
 def _is_canonical(candidate: Candidate) -> bool:
     """The operator itself, or views and casts round it: nothing would be gained."""
     root = candidate.root
-    if is_op(root, *CANONICAL):
+    if is_canonical(root):
         return True
     inside = candidate.region.inside(root)
     if isinstance(candidate.finding, Softmax):
         return any(is_op(n, getattr(aten, candidate.kind)) for n in inside)
-    operators = [n for n in inside if is_op(n, *CANONICAL)]
+    operators = [n for n in inside if is_canonical(n)]
     if not operators:
         return False
     given = any(len([i for i in n.all_input_nodes if i not in inside]) > 1 for n in operators)

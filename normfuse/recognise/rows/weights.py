@@ -15,16 +15,13 @@ from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import aten, is_op, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Roles, is_view, weight_only
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import divisor_of, eps_of, literals
 from normfuse.recognise.rows.experiment import Experiment, numel
 from normfuse.recognise.rows.regions import Region, close
 from normfuse.recognise.rows.rows import all_finite, changed_rows
 from normfuse.recognise.rows.standardize import Standardisation, Standardised
 
-_READERS = (
-    aten.linear, aten.addmm, aten.mm, aten.matmul, aten.bmm, aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d,
-    aten.conv_transpose2d, aten.conv_transpose3d, aten.embedding, aten.einsum,
-)  # fmt: skip
 _MOST = 200
 MAX_ELEMENTS = 1 << 24
 
@@ -46,7 +43,7 @@ def weight_patterns(program: Program) -> Iterator[WeightPattern]:
     roles, known, seen = Roles(program), {}, set()  # type: ignore[var-annotated]
     concrete = Concrete(program, roles)
     for node in program.graph.nodes:
-        if node in weights or not is_op(node, *_READERS):
+        if node in weights or not _multiplies(node):
             continue
         for operand in node.all_input_nodes:
             looks = _looks(operand) if operand in weights else []
@@ -60,6 +57,10 @@ def weight_patterns(program: Program) -> Iterator[WeightPattern]:
                     kind, axes, eps, affine = known[region.key]
                     yield WeightPattern(kind, root, axes, eps, affine)
                     break
+
+
+def _multiplies(node: fx.Node) -> bool:
+    return is_a(node, Trait.PROJECTION | Trait.PRODUCT) or is_op(node, aten.embedding, aten.einsum)
 
 
 def _looks(node: fx.Node) -> list[fx.Node]:

@@ -44,10 +44,10 @@ def _matrix(edit: Editor, weight: fx.Node, expert: int) -> Any:
     if weight.op == "get_attr":
         name = str(weight.target)
         return constant(edit.program, f"{name}_{expert}", edit.program.tensors[name][expert].contiguous(), like=name)
-    if is_op(weight, aten.transpose) and isinstance(inner := weight.args[0], fx.Node) and inner.op == "get_attr":
-        name, axes = str(inner.target), (argument(weight, "dim0") % 3, argument(weight, "dim1") % 3)
-        if sorted(axes) == [1, 2]:
-            turned = edit.program.tensors[name][expert].t().contiguous()
-            return constant(edit.program, f"{name}_{expert}_t", turned, like=name)
+    inner = weight.args[0] if is_op(weight, aten.permute) and argument(weight, "dims") == [0, 2, 1] else None
+    if isinstance(inner, fx.Node) and inner.op == "get_attr":
+        name = str(inner.target)
+        turned = edit.program.tensors[name][expert].t().contiguous()
+        return constant(edit.program, f"{name}_{expert}_t", turned, like=name)
     chosen: Value = edit.call(aten.select.int, weight, 0, expert)
     return chosen
