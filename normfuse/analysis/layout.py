@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import expression, is_getitem, rank, same_size, shape, value
+from normfuse.graph.node import expression, is_getitem, rank, readers, same_size, shape, value
 from normfuse.ops.traits import Trait, is_a
 
 _LAYOUT = Trait.WHOLE | Trait.PART | Trait.PARTS | Trait.COPY
@@ -87,8 +87,8 @@ def merged_heads(node: fx.Node) -> fx.Node | None:
     """The reader that puts the heads of `node` (batch, heads, length, width) side by side, if a chain leads to one."""
     chain: list[fx.Node] = []
     current = node
-    while len(current.users) == 1:
-        current = next(iter(current.users))
+    while len(users := readers(current)) == 1:
+        current = users[0]
         if not is_layout(current):
             return None
         chain.append(current)

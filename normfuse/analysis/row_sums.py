@@ -16,6 +16,7 @@ from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import argument, arguments, aten, is_op, op_name, rank, same_size, shape, site, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
+from normfuse.graph.walk import tensors_behind
 from normfuse.ops.traits import Trait, is_a
 
 Bounds = tuple[float, float]
@@ -136,14 +137,5 @@ def _some_key_is_left(program: Program, mask: fx.Node) -> bool:
 
 
 def _depends_on_checkpoint(program: Program, mask: fx.Node) -> bool:
-    pending, seen = [mask], {mask}
-    while pending:
-        node = pending.pop()
-        if node.op == "get_attr":
-            origin = program.origins[str(node.target)]
-            if origin.kind != "constant" and origin.persistent:
-                return True
-        fresh = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        pending += fresh
-    return False
+    origins = [program.origins[str(node.target)] for node in tensors_behind(mask)]
+    return any(origin.kind != "constant" and origin.persistent for origin in origins)

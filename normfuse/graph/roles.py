@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
+from itertools import islice
 
 import torch
 from torch import fx
 
 from normfuse.graph.node import aten, is_getitem, is_op, value
 from normfuse.graph.program import Program
+from normfuse.graph.walk import nearest, tensors_behind
 from normfuse.ops.traits import Trait, is_a
 
 
@@ -70,35 +72,23 @@ def _latents(program: Program, roles: dict[fx.Node, Role]) -> frozenset[fx.Node]
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if is_op(node, *_MOMENTS) and roles[node] is Role.WEIGHT and _is_projected(node, roles):
-            leaves = [n for n in _leaves(node) if roles[n] is Role.WEIGHT]
+            leaves = [n for n in tensors_behind(node) if roles[n] is Role.WEIGHT]
             found.update(n for n in leaves if value(n).dim() >= 2)
     return frozenset(found)
 
 
 def _is_projected(node: fx.Node, roles: dict[fx.Node, Role]) -> bool:
-    pending, seen = [node], {node}
-    for _ in range(_FAR):
-        if not pending:
-            return False
-        current = pending.pop(0)
-        for user in current.users:
-            if is_op(user, aten.linear) and user.args[0] is current and current is not user.args[1]:
-                return True
-            if is_op(user, aten.scaled_dot_product_attention, aten.cat):
-                return True
-            if roles[user] is Role.WEIGHT and user not in seen and not is_op(user, aten.linear):
-                seen.add(user)
-                pending.append(user)
-    return False
+    """Through weights alone, and not far."""
 
+    def readers_that_are_weights(current: fx.Node) -> list[fx.Node]:
+        return [user for user in current.users if roles[user] is Role.WEIGHT and not is_op(user, aten.linear)]
 
-def _leaves(node: fx.Node) -> list[fx.Node]:
-    pending, seen = [node], {node}
-    while pending:
-        new = [n for n in pending.pop().all_input_nodes if n not in seen]
-        seen.update(new)
-        pending.extend(new)
-    return [n for n in seen if n.op == "get_attr"]
+    return any(
+        is_op(user, aten.scaled_dot_product_attention, aten.cat)
+        or (is_op(user, aten.linear) and user.args[0] is current and current is not user.args[1])
+        for current in islice(nearest([node], readers_that_are_weights), _FAR)
+        for user in current.users
+    )
 
 
 def value_operands(node: fx.Node) -> list[fx.Node]:

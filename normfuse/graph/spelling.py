@@ -7,8 +7,8 @@
     narrow from a known place on                                                                  slice
 
 `squeeze` means one thing or another by the sizes that it meets, so it is spelt by the sizes that are left. `unsqueeze`
-stays: it names no size, and is exact for all of them. Free sizes are asked for (`sym_size`) and never left to a -1, which
-an empty batch would not determine.
+stays: it names no size, and is exact for all of them. Free sizes are asked for (`sym_size`, of an input if that has it) and
+never left to a -1, which an empty batch would not determine.
 
 Capture and the editor spell every call by this table, and `structure` rejects what is in it.
 """
@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import sympy
 from torch import fx
 
-from normfuse.graph.node import aten, bound_arguments, is_one, positive_axis, rank, shape, value
+from normfuse.graph.node import aten, bound_arguments, expression, is_one, positive_axis, rank, shape, value
 
 Given = Mapping[str, Any]
 Make = Callable[..., Any]
@@ -142,8 +143,29 @@ def sizes(x: fx.Node, make: Make) -> list[Any]:
 
 
 def _size(x: fx.Node, axis: int, make: Make) -> Any:
-    known = shape(x)[axis]
-    return known if isinstance(known, int) else make(aten.sym_size.int, x, axis)
+    """Of an input if it is known from there: a tensor on the way has one reader less."""
+    known = expression(shape(x)[axis])
+    if isinstance(known, int):
+        return known
+    places = {str(expression(s)): (n, i) for n in x.graph.find_nodes(op="placeholder") for i, s in enumerate(shape(n))}
+    if not _is_arithmetic(known) or not all(str(symbol) in places for symbol in known.free_symbols):
+        return make(aten.sym_size.int, x, axis)
+    return _worked_out(known, places, make)
+
+
+def _is_arithmetic(size: Any) -> bool:
+    return all(part.is_Integer or part.is_Symbol or part.is_Add or part.is_Mul for part in sympy.preorder_traversal(size))
+
+
+def _worked_out(size: Any, places: Mapping[str, tuple[fx.Node, int]], make: Make) -> Any:
+    if size.is_Integer:
+        return int(size)
+    if size.is_Symbol:
+        return make(aten.sym_size.int, *places[str(size)])
+    first, *rest = (_worked_out(part, places, make) for part in size.args)
+    for other in rest:
+        first = make(operator.add if size.is_Add else operator.mul, first, other)
+    return first
 
 
 def _times(factors: Sequence[Any], make: Make) -> Any:

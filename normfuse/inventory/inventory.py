@@ -12,6 +12,7 @@ from torch import fx
 from normfuse.graph.node import argument, arguments, aten, is_op, rank, readers, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
+from normfuse.graph.walk import behind
 from normfuse.inventory.costs import bytes_of, flop_of, weight_cost
 from normfuse.inventory.pattern import KINDS, Pattern
 from normfuse.inventory.placement import Placement
@@ -93,7 +94,7 @@ def _unnamed(program: Program) -> Iterator[str]:
 def _patterns(program: Program) -> Iterator[Pattern]:
     weights = weight_only(program)
     normalised = list(weight_patterns(program))
-    parts = _behind([found.node for found in normalised])
+    parts = set(behind(*(found.node for found in normalised)))
     placement = Placement(program)
     for node in program.graph.nodes:
         kind = _kind(node, weights)
@@ -102,18 +103,6 @@ def _patterns(program: Program) -> Iterator[Pattern]:
     for found in normalised:
         cost = weight_cost(found.kind, found.node)
         yield Pattern(found.kind, site(found.node), found.axes, found.eps, found.affine, "other", *cost)
-
-
-def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
-    """All that some nodes are computed from, and they themselves."""
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found
 
 
 def _kind(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:

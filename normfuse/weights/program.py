@@ -12,6 +12,7 @@ from normfuse.evaluate.promote import default_float64
 from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import shape, value
 from normfuse.graph.program import Program
+from normfuse.graph.walk import tensors_behind
 
 
 @dataclass(frozen=True)
@@ -55,17 +56,7 @@ def _evaluate(weights: Weights, node: fx.Node) -> Tensor:
 
 def sources_of(node: fx.Node) -> tuple[str, ...]:
     """Names of the tensors the node reads, the one that gives it its size first."""
-    found: dict[str, int] = {}
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "get_attr":
-            found[str(current.target)] = _size(current)
-        stack.extend(reversed(current.all_input_nodes))
+    found = {str(n.target): _size(n) for n in tensors_behind(node)}
     wanted = _size(node)
     return tuple(sorted(found, key=lambda name: (found[name] != wanted, -found[name])))
 

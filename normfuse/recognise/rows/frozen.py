@@ -25,6 +25,7 @@ from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import aten, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles
+from normfuse.graph.walk import walk
 from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import snapped
 from normfuse.recognise.rows.experiment import Experiment
@@ -96,19 +97,14 @@ def _has_root(node: fx.Node, roles: Roles) -> bool:
 
 def _program(sides: list[fx.Node], roles: Roles) -> list[fx.Node] | None:
     """The stored nodes behind some sides in order, if they are few and all of them act on each entry alone."""
-    found: set[fx.Node] = set()
-    stack = list(sides)
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        pointwise = node.op == "get_attr" or is_a(node, _LOOKS) or is_op(node, *_POINTWISE)
+    found: list[fx.Node] = []
+    for node in walk(sides, lambda n: [] if roles(n) is Role.SIZE else n.all_input_nodes):
         if roles(node) is Role.SIZE:
             continue
+        pointwise = node.op == "get_attr" or is_a(node, _LOOKS) or is_op(node, *_POINTWISE)
         if roles(node) is Role.ACTIVATION or not pointwise or len(found) > _MAX_PROGRAM:
             return None
-        found.add(node)
-        stack.extend(node.all_input_nodes)
+        found.append(node)
     return sorted(found)
 
 

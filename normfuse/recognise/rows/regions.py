@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from normfuse.graph.node import argument, aten, expression, is_one, is_op, rank, shape, value
 from normfuse.graph.roles import Role, Roles, value_operands
+from normfuse.graph.walk import walk
 from normfuse.ops.traits import Trait, is_a
 
 MAX_REGION = 56
@@ -45,14 +46,8 @@ class Region:
 
     def inside(self, root: fx.Node) -> set[fx.Node]:
         """The nodes of the region that `root` needs."""
-        found: set[fx.Node] = set()
-        stack = [root]
-        while stack:
-            node = stack.pop()
-            if node in self.index and node not in found:
-                found.add(node)
-                stack.extend(node.all_input_nodes)
-        return found
+        starts = [root] if root in self.index else []
+        return set(walk(starts, lambda node: [n for n in node.all_input_nodes if n in self.index]))
 
 
 def is_cheap(node: fx.Node, roles: Roles, within: Callable[[fx.Node], bool]) -> bool:

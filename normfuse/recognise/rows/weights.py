@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor, fx
 
@@ -15,6 +16,7 @@ from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import aten, is_op, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Roles, is_view, weight_only
+from normfuse.graph.walk import behind
 from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import divisor_of, eps_of, literals
 from normfuse.recognise.rows.experiment import Experiment, numel
@@ -76,14 +78,7 @@ def _looks(node: fx.Node) -> list[fx.Node]:
 
 def _regions(root: fx.Node, roles: Roles, concrete: Concrete) -> Iterator[Region]:
     """The root as a function of each stored tensor of its size."""
-    needed: set[fx.Node] = set()
-    stack = [root]
-    while stack and len(needed) < _MOST:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    order = sorted(needed)
+    order = sorted(islice(behind(root), _MOST))
     for leaf in order:
         if leaf.op != "get_attr" or shape(leaf) != shape(root) or not value(leaf).is_floating_point():
             continue
