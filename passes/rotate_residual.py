@@ -27,7 +27,7 @@ from normfuse.analysis.heads import value_heads
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.streams import Reader, Stream, stream_of
 from normfuse.analysis.writers import writers
-from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
+from normfuse.graph.node import argument, aten, is_op, op_name, operand, rank, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.ops.norms import CRMS_NORM, RMS_NORM
@@ -84,7 +84,7 @@ def _rotate_streams(program: Program, facts: Facts, edit: Editor, make: Make) ->
     for norm in [n for n in program.graph.nodes if is_a(n, Trait.ROW_NORM) or is_op(n, CRMS_NORM)]:
         if norm in done or norm in facts(weight_only):
             continue
-        found = stream_of(norm.args[0], rank(norm) - 1, facts(weight_only), plain)  # type: ignore[arg-type]
+        found = stream_of(operand(norm), rank(norm) - 1, facts(weight_only), plain)
         done.update([*found.tensors, *(reader.node for reader in found.readers)])
         matrix = _blocker(found, facts) or make(program, found, int(found.width))  # type: ignore[call-overload]
         if isinstance(matrix, str):

@@ -13,7 +13,19 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normfuse.graph.node import arguments, aten, is_getitem, is_one, positive_axis, product, rank, same_size, shape, value
+from normfuse.graph.node import (
+    arguments,
+    aten,
+    is_getitem,
+    is_one,
+    operand,
+    positive_axis,
+    product,
+    rank,
+    same_size,
+    shape,
+    value,
+)
 from normfuse.ops.traits import Trait, is_a, traits_of
 
 Carried = list[tuple[fx.Node, int]]
@@ -25,7 +37,7 @@ def carried_operands(node: fx.Node, axis: int) -> Carried | None:
         return None
     if is_getitem(node):
         # A piece of a split along this very axis is cut out of it, not carried.
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = operand(node)
         return None if carried_operands(source, axis) is None else [(source, axis)]
     rule = _rule_of(node)
     if rule is None or rank_of(node) == 0:

@@ -7,7 +7,7 @@ from torch import fx
 from normfuse.analysis.affine import AffineMap
 from normfuse.analysis.projections import projection
 from normfuse.analysis.windows import count
-from normfuse.graph.node import aten, is_op, rank, shape
+from normfuse.graph.node import aten, is_op, operand, rank, shape
 from normfuse.ops.traits import Trait, is_a
 
 
@@ -40,7 +40,7 @@ def _multiplications(node: fx.Node, weights: frozenset[fx.Node]) -> int | None:
 def _larger(m: AffineMap, weights: frozenset[fx.Node]) -> str | None:
     """A table of results holds more numbers than a narrow table and a projection."""
     tables = [n for n in m.covers if is_op(n, aten.embedding)]
-    held = [count(shape(n.args[0])) for n in tables]  # type: ignore[arg-type]
+    held = [count(shape(operand(n))) for n in tables]
     held += [count(shape(found.weight)) for n in m.covers if (found := projection(n, None, weights)) is not None]
     after, old = m.inputs * m.outputs, sum(n for n in held if n is not None)
     return f"one table would hold {after} numbers, the parts hold {old}" if after > old else None

@@ -83,11 +83,11 @@ def _visit_operand(operand: fx.Node, reader: fx.Node, found: Sources, known: Wri
 def _visit_product(node: fx.Node, found: Sources, known: Writers) -> str | None:
     """One factor of a product takes it: the first that can."""
     reason = f"{op_name(node)} at {site(node)} has no factor that could take the factor"
-    for operand in node.args[:2]:
-        if not isinstance(operand, fx.Node) or operand in known.weights:
+    for factor in node.args[:2]:
+        if not isinstance(factor, fx.Node) or factor in known.weights:
             continue
         attempt = found.copy()
-        why = _visit(operand, attempt, known)
+        why = _visit(factor, attempt, known)
         if why is None:
             found.writers, found.norms, found.way = attempt.writers, attempt.norms, attempt.way
             return None
@@ -98,7 +98,7 @@ def _visit_product(node: fx.Node, found: Sources, known: Writers) -> str | None:
 def _operands(node: fx.Node) -> list[fx.Node] | None:
     """The operands that must all take the factor for the result to have it."""
     if is_getitem(node):
-        return [node.args[0]]  # type: ignore[list-item]
+        return node.all_input_nodes[:1]
     groups, given = traits_of(node).linear, arguments(node)
     off = given.get("train") or given.get("rounding_mode") is not None
     if len(groups) != 1 or off:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import expression, is_getitem, rank, readers, same_size, shape, value
+from normfuse.graph.node import expression, invoke, is_getitem, operand, rank, readers, same_size, shape, value
 from normfuse.ops.traits import Trait, is_a
 
 _LAYOUT = Trait.WHOLE | Trait.PART | Trait.PARTS | Trait.COPY
@@ -29,7 +29,7 @@ def root_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     chain: list[fx.Node] = []
     while is_layout(node):
         chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return node, chain[::-1]
 
 
@@ -143,7 +143,7 @@ def _through(chain: Sequence[fx.Node], root: fx.Node, tensor: Tensor, numbers: M
     try:
         for node in chain:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), given)
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            env[node] = invoke(node, args, kwargs)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     return env[chain[-1]] if chain else tensor

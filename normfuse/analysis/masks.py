@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.analysis.layout import concrete
-from normfuse.graph.node import aten, expression, is_op, value
+from normfuse.graph.node import aten, expression, invoke, is_op, value
 from normfuse.graph.program import Program
 from normfuse.graph.walk import walk
 
@@ -90,7 +90,7 @@ def _evaluate(program: Program, nodes: list[fx.Node], mask: fx.Node, numbers: di
                 env[node] = concrete(value(node), numbers)
             else:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = invoke(node, args, kwargs)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     return env[mask]  # type: ignore[no-any-return]

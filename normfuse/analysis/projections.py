@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from normfuse.graph.node import argument, aten, is_op, rank
+from normfuse.graph.node import argument, aten, is_op, node_argument, rank
 from normfuse.ops.traits import Trait, is_a
 
 
@@ -27,7 +27,7 @@ class Projection:
 
     @property
     def weight(self) -> fx.Node:
-        return argument(self.node, self.weight_name)  # type: ignore[no-any-return]
+        return node_argument(self.node, self.weight_name)
 
     @property
     def bias(self) -> fx.Node | None:

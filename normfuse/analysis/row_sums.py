@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import argument, arguments, aten, is_op, op_name, rank, same_size, shape, site, value
+from normfuse.graph.node import argument, arguments, aten, is_op, op_name, operand, rank, same_size, shape, site, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
 from normfuse.graph.walk import tensors_behind
@@ -56,7 +56,7 @@ def _keeps_rows(node: fx.Node) -> bool:
         return True
     if not is_a(node, Trait.RESHAPE | Trait.EXPAND):
         return False
-    before, after = shape(node.args[0])[-1], shape(node)[-1]  # type: ignore[arg-type]
+    before, after = shape(operand(node))[-1], shape(node)[-1]
     return same_size(before, after) and not same_size(before, 1)
 
 

@@ -10,7 +10,20 @@ from torch import fx
 
 from normfuse.analysis.axes import carried_operands
 from normfuse.analysis.streams import Writer
-from normfuse.graph.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
+from normfuse.graph.node import (
+    argument,
+    aten,
+    is_getitem,
+    is_op,
+    op_name,
+    operand,
+    product,
+    rank,
+    readers,
+    same_size,
+    shape,
+    site,
+)
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.ops.norms import RMS_NORM
@@ -94,7 +107,7 @@ class Writers:
         """The linear of which `node` is a chunk along the channels, if nothing else reads these channels of it."""
         if not is_getitem(node) or axis != rank(node) - 1:
             return None
-        split: fx.Node = node.args[0]  # type: ignore[assignment]
+        split = operand(node)
         source = split.args[0]
         along = is_a(split, Trait.SPLIT) and argument(split, "dim") in (-1, axis)
         if not along or not isinstance(source, fx.Node) or not is_op(source, aten.linear):
@@ -106,7 +119,7 @@ class Writers:
         """The linear whose outputs `node` splits into (heads, channels), if nothing else reads them."""
         if not is_a(node, Trait.RESHAPE) or axis != rank(node) - 1 or rank(node) < 2:
             return None
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = operand(node)
         outputs = shape(source)[-1] if shape(source) else 0
         split = same_size(product(shape(node)[-2:]), outputs) and not same_size(shape(node)[-1], outputs)
         mine = is_op(source, aten.linear) and readers(source) == (node,)

@@ -14,7 +14,18 @@ from normfuse.capture.branches import conditions_of
 from normfuse.capture.effects import own_outputs, refuse_side_effects
 from normfuse.errors import CaptureError
 from normfuse.graph import spelling
-from normfuse.graph.node import arguments, aten, dtype, expression, is_getitem, is_op, source_line, value
+from normfuse.graph.node import (
+    arguments,
+    aten,
+    dtype,
+    expression,
+    is_getitem,
+    is_op,
+    parameters_of,
+    place_in,
+    source_line,
+    value,
+)
 from normfuse.graph.program import Kind, Origin, Program
 from normfuse.graph.roles import constants
 from normfuse.graph.signature import Leaf, Signature
@@ -109,7 +120,7 @@ def _functional(node: fx.Node) -> Any:
     name, _, overload = str(node.target).removeprefix("aten.").partition(".")
     packet = getattr(aten, name.removesuffix("_"), None) if name.endswith("_") else None
     twin = getattr(packet, overload, None)
-    if twin is None or len(twin._schema.arguments) != len(node.target._schema.arguments):  # type: ignore[union-attr]
+    if twin is None or len(twin._schema.arguments) != len(parameters_of(node)):
         return None
     return twin
 
@@ -363,7 +374,7 @@ def _retarget(node: fx.Node, args: Callable[[dict[str, Any]], tuple[Any, ...]], 
     for user in [u for u in node.users if is_getitem(u) and not u.users]:
         node.graph.erase_node(user)
     users = [u for u in node.users if is_getitem(u)]
-    if any(argument_index(u) != 0 for u in users):
+    if any(place_in(u) != 0 for u in users):
         return
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args(arguments(node)))
@@ -372,7 +383,3 @@ def _retarget(node: fx.Node, args: Callable[[dict[str, Any]], tuple[Any, ...]], 
         user.replace_all_uses_with(new)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
-
-
-def argument_index(getitem: fx.Node) -> int:
-    return int(getitem.args[1])  # type: ignore[arg-type]

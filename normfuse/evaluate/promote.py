@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from normfuse.graph.node import invoke
+
 _PROMOTED = {
     torch.float16: torch.float64,
     torch.bfloat16: torch.float64,
@@ -39,7 +41,7 @@ def default_float64() -> Generator[None]:
 
 def call(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """One operator with its dtype arguments promoted."""
-    return node.target(*pytree.tree_map(promote, args), **pytree.tree_map(promote, kwargs))  # type: ignore[operator]
+    return invoke(node, pytree.tree_map(promote, args), pytree.tree_map(promote, kwargs))
 
 
 def give_back() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from normfuse.evaluate.promote import default_float64, promote
-from normfuse.graph.node import expression, shape, value
+from normfuse.graph.node import expression, invoke, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles
 
@@ -97,7 +97,7 @@ class Concrete:
         args, kwargs = pytree.tree_map(promote, (args, kwargs))
         args, kwargs = pytree.tree_map(self.size, (args, kwargs))
         with torch.no_grad(), default_float64():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return invoke(node, args, kwargs)
 
     def describe(self, node: fx.Node) -> Any:
         """What a region's function depends on in a side: the value of a fixed one, nothing of others."""

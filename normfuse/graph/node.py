@@ -62,6 +62,67 @@ def argument(node: fx.Node, name: str) -> Any:
     return arguments(node)[name]
 
 
+def node_argument(node: fx.Node, name: str) -> fx.Node:
+    """An argument by schema name that is a node. Raises `TypeError` for one that is none."""
+    return _a_node(argument(node, name), node, name)
+
+
+def int_argument(node: fx.Node, name: str) -> int:
+    """An argument by schema name that is a known number. Raises `TypeError` for one that is none."""
+    found = argument(node, name)
+    if not isinstance(found, int):
+        raise TypeError(f"{name} of {node.name} is {found!r}, not a known number")
+    return found
+
+
+def ints_argument(node: fx.Node, name: str) -> list[int]:
+    """Known numbers, however they were given: one number, several, or none at all."""
+    found = argument(node, name)
+    given = [] if found is None else [found] if isinstance(found, int) else list(found)
+    if not all(isinstance(each, int) for each in given):
+        raise TypeError(f"{name} of {node.name} is {found!r}, not known numbers")
+    return given
+
+
+def operand(node: fx.Node, place: int = 0) -> fx.Node:
+    """A positional argument that is a node. Raises `TypeError` for one that is none."""
+    return _a_node(node.args[place] if place < len(node.args) else None, node, str(place))
+
+
+def operands(node: fx.Node, place: int = 0) -> list[fx.Node]:
+    """A positional argument that is a list of nodes: what a concatenation puts together, what a program returns."""
+    items = node.args[place]
+    if not isinstance(items, list | tuple):
+        raise TypeError(f"{place} of {node.name} is {items!r}, not a list")
+    return [_a_node(item, node, str(place)) for item in items]
+
+
+def _a_node(found: Any, node: fx.Node, name: str) -> fx.Node:
+    if not isinstance(found, fx.Node):
+        raise TypeError(f"{name} of {node.name} is {found!r}, not a node")
+    return found
+
+
+def place_in(getitem: fx.Node) -> int:
+    """Which of several results a `getitem` takes."""
+    index = getitem.args[1]
+    if not isinstance(index, int):
+        raise TypeError(f"{getitem.name} takes {index!r}, not a known place")
+    return index
+
+
+def invoke(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """The operator of a call on other arguments: values, fake values, labels."""
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def parameters_of(node: fx.Node) -> Sequence[Any]:
+    """The arguments of the schema of the operator that a node calls."""
+    target: Any = node.target
+    return target._schema.arguments  # type: ignore[no-any-return]
+
+
 def value(node: Any) -> Any:
     """What the node computes, as the exporter saw it: a fake tensor, a symbolic size, or a tuple of them."""
     return node.meta.get("val") if isinstance(node, fx.Node) else node

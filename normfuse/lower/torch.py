@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from normfuse.graph.node import argument, aten, is_op, rank, value
+from normfuse.graph.node import argument, aten, is_op, operand, rank, value
 from normfuse.graph.program import Program
 from normfuse.graph.structure import check_structure
 from normfuse.ops.norms import RMS_NORM
@@ -46,7 +46,7 @@ def _lower(program: Program, *, zero_mean_as_layer_norm: bool) -> Program:
 
 def _rms_norm(node: fx.Node, edit: Editor, zero_mean_as_layer_norm: bool) -> Value | None:
     """Over trailing axes torch has the operator; a shift follows it."""
-    x: fx.Node = node.args[0]  # type: ignore[assignment]
+    x = operand(node)
     axes, gain, shift, eps = (argument(node, name) for name in ("axes", "weight", "bias", "eps"))
     if list(axes) != list(range(-len(axes), 0)):
         return None

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from normfuse.graph.node import invoke
+
 if TYPE_CHECKING:
     from normfuse.rewrite import Editor, Value
 
@@ -19,7 +21,7 @@ def decompose(node: fx.Node, edit: Editor) -> Value:
     def reference(*given: Any) -> Any:
         known = dict(zip(tensors, given, strict=True))
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), known.__getitem__)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return invoke(node, args, kwargs)
 
     with edit.program.fake_mode:
         traced = make_fx(reference, pre_dispatch=True)(*fakes)

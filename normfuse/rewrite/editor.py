@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import arguments, aten, is_weight, rank, shape, value
+from normfuse.graph.node import arguments, aten, invoke, is_weight, parameters_of, rank, shape, value
 from normfuse.graph.program import Origin, Program
 from normfuse.graph.spelling import spelt
 from normfuse.rewrite.record import FiringKey, Log
@@ -157,7 +157,7 @@ class Editor:
         """The same call with some arguments, by schema name, changed."""
         before = arguments(node)
         given = before | {name: _like(before[name], new) for name, new in changed.items()}
-        parameters = node.target._schema.arguments  # type: ignore[union-attr]
+        parameters = parameters_of(node)
         args = [given[p.name] for p in parameters if not p.kwarg_only]
         kwargs = {p.name: given[p.name] for p in parameters if p.kwarg_only and given[p.name] is not None}
         return self.call(node.target, *args, **kwargs)
@@ -216,7 +216,7 @@ class Editor:
         """Shape and dtype of a call, on fake tensors."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
         with self.program.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return invoke(node, args, kwargs)
 
     def refresh(self, node: fx.Node) -> None:
         """Derive anew what the node computes: one of its inputs has another shape now. Work in graph order."""

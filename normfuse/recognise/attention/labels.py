@@ -21,6 +21,7 @@ from normfuse.graph.node import (
     expression,
     is_one,
     is_op,
+    operand,
     positive_axis,
     rank,
     same_size,
@@ -203,7 +204,7 @@ def ahead(node: fx.Node, labels: Labels, atoms: Atoms) -> Labels | None:
     if order is not None:
         return [labels[a] for a in order]
     if is_a(node, Trait.RESHAPE):
-        return atoms.reshaped(labels, shape(node.args[0]), shape(node))  # type: ignore[arg-type]
+        return atoms.reshaped(labels, shape(operand(node)), shape(node))
     return labels
 
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from normfuse.analysis import Facts
 from normfuse.evaluate.promote import default_float64, promote
 from normfuse.evaluate.sizes import Concrete, Impossible
-from normfuse.graph.node import aten, is_op, rank, shape, value
+from normfuse.graph.node import aten, invoke, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles
 from normfuse.graph.walk import walk
@@ -200,7 +200,7 @@ def _evaluator(place: Place, experiment: Experiment) -> Callable[[Tensor, list[T
                     (node.args, dict(node.kwargs)), lambda n: values[n] if n in values else concrete.fixed(n)
                 )
                 args, kwargs = pytree.tree_map(promote, (args, kwargs))
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = invoke(node, args, kwargs)
         sides = {n: values[n] for n in place.sides if n in values}
         return experiment.run(x, sides)[place.root]  # type: ignore[no-any-return]
 
