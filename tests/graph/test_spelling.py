@@ -117,7 +117,8 @@ class Flat(nn.Module):
 
 
 def test_free_sizes_are_asked_of_the_inputs() -> None:
-    program = capture(Flat().eval(), (torch.randn(2, 3, 5, 1),), dynamic_shapes=({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO},))
+    free = torch.export.Dim.AUTO
+    program = capture(Flat().eval(), (torch.randn(2, 3, 5, 1),), dynamic_shapes=({0: free, 2: free},))
     asked = [node for node in program.graph.nodes if is_op(node, aten.sym_size)]
     assert asked
     assert all(operand(node) in program.placeholders for node in asked)
