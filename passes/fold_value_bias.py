@@ -19,10 +19,11 @@ from normfuse.algebra.heads import without_bias
 from normfuse.algebra.push import into_reader
 from normfuse.analysis import Facts
 from normfuse.analysis.heads import ValueHeads, value_heads
-from normfuse.analysis.projections import TRANSPOSED, Projection
+from normfuse.analysis.projections import Projection
 from normfuse.analysis.row_sums import why_not_one
 from normfuse.graph.node import argument, aten, is_op, op_name, shape, site
 from normfuse.graph.program import Program
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 
@@ -43,7 +44,7 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
 
 
 def _why_not_read(pair: ValueHeads) -> str | None:
-    blocker = next((r.node for r, _ in pair.readers if is_op(r.node, *TRANSPOSED)), None)
+    blocker = next((r.node for r, _ in pair.readers if is_a(r.node, Trait.TRANSPOSED)), None)
     return blocker and f"a shift does not pass the transposed convolution at {site(blocker)}"
 
 

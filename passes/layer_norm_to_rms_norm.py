@@ -21,7 +21,7 @@ from normfuse.analysis import Facts
 from normfuse.analysis.streams import Reader, Stream, Writer, stream_of
 from normfuse.analysis.writers import writers
 from normfuse.analysis.zero_mean import zero_mean
-from normfuse.graph.node import argument, aten, is_op, op_name, rank, same_size, shape, site
+from normfuse.graph.node import argument, aten, is_op, op_name, operand, rank, same_size, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.ops.rms_norm import RMS_NORM
@@ -51,7 +51,7 @@ def configured(*, tied: str = "copy") -> Transform:
 
 def _centre(program: Program, facts: Facts, edit: Editor, norm: fx.Node, *, share_tables: bool) -> list[fx.Node]:
     """Centre the stream that `norm` reads, or say why not; the norms that read it."""
-    source: fx.Node = norm.args[0]  # type: ignore[assignment]
+    source = operand(norm)
     stream = stream_of(source, rank(source) - 1, facts(weight_only))
     mine = [reader for reader in stream.readers if _is_full_layer_norm(reader, stream)]
     even = even_writers(program, stream, facts) if edit.named else {}

@@ -15,17 +15,13 @@ from torch import fx
 from normfuse.analysis import Facts
 from normfuse.graph.node import argument, arguments, aten, dtype, is_op, op_name, same_size, shape
 from normfuse.graph.program import Program
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
-
-_DROPOUTS = (
-    aten.dropout, aten.feature_dropout, aten.alpha_dropout, aten.feature_alpha_dropout, aten.native_dropout,
-)  # fmt: skip
-_RESHAPES = (aten.view, aten.reshape, aten.expand, aten.flatten, aten._unsafe_view)
 
 
 def run(program: Program, facts: Facts, edit: Editor) -> None:
     for node in list(program.graph.nodes):
-        if is_op(node, *_DROPOUTS) and argument(node, "train") is not False:
+        if is_a(node, Trait.DROPOUT) and argument(node, "train") is not False:
             edit.refuse(node, f"{op_name(node)} is active at inference: it was called with training=True")
             continue
         same = _what_it_is(node)
@@ -39,12 +35,12 @@ def _what_it_is(node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     source: fx.Node = node.args[0]
-    if is_op(node, *_DROPOUTS):
+    if is_a(node, Trait.DROPOUT):
         return source
     if not shape(node) or dtype(node) != dtype(source) or not _same_shape(source, node):
         return None
     given = arguments(node)
-    if is_op(node, *_RESHAPES) or (is_op(node, aten.slice) and _takes_all(given)):
+    if is_a(node, Trait.RESHAPE | Trait.EXPAND) or (is_op(node, aten.slice) and _takes_all(given)):
         return source
     if is_op(node, aten.add, aten.sub) and _is_number(given["other"], 0):
         return source

@@ -22,7 +22,7 @@ from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.streams import Reader, Stream, stream_of
 from normfuse.analysis.writers import writers
 from normfuse.analysis.zero_mean import zero_mean
-from normfuse.graph.node import argument, is_op, op_name, rank, shape, site
+from normfuse.graph.node import argument, is_op, op_name, operand, rank, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.ops.rms_norm import RMS_NORM
@@ -51,7 +51,7 @@ def configured(*, form: str = "drop_last") -> Transform:
         for norm in [n for n in program.graph.nodes if is_op(n, RMS_NORM)]:
             if norm in done or norm._erased or norm in facts(weight_only):
                 continue
-            stream = stream_of(norm.args[0], rank(norm) - 1, facts(weight_only))  # type: ignore[arg-type]
+            stream = stream_of(operand(norm), rank(norm) - 1, facts(weight_only))
             mine = [r.node for r in stream.readers if is_op(r.node, RMS_NORM)]
             done.update(mine)
             plan = _plan(stream, mine, facts)

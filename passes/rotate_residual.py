@@ -27,10 +27,12 @@ from normfuse.analysis.heads import value_heads
 from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.streams import Reader, Stream, stream_of
 from normfuse.analysis.writers import writers
-from normfuse.graph.node import argument, aten, is_op, op_name, rank, site
+from normfuse.graph.node import argument, aten, is_op, op_name, operand, rank, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
-from normfuse.ops import crms_norm, rms_norm
+from normfuse.ops.crms_norm import CRMS_NORM
+from normfuse.ops.rms_norm import RMS_NORM
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite import Editor, Exactness, Transform, Value
 
 Make = Callable[[Program, Stream | None, int], Tensor | str]
@@ -62,7 +64,7 @@ def configured(
         spread = random_orthogonal(width, seed) if kind == "random" else hadamard_rotation(width, seed)
         if found is None or not kind.startswith("klt"):
             return f"no Hadamard matrix of size {width} is known here: use kind='random'" if spread is None else spread
-        read = {n: axis for n, axis in found.tensors.items() if any(is_op(user, rms_norm.RMS_NORM) for user in n.users)}
+        read = {n: axis for n, axis in found.tensors.items() if any(is_op(user, RMS_NORM) for user in n.users)}
         basis = principal_axes(program, read, examples, "rotate_residual: covariance")
         return basis if kind == "klt" or spread is None else basis @ spread
 
@@ -79,11 +81,11 @@ def configured(
 
 def _rotate_streams(program: Program, facts: Facts, edit: Editor, make: Make) -> None:
     done: set[fx.Node] = set()
-    plain = frozenset(n for n in program.graph.nodes if is_op(n, rms_norm.RMS_NORM) and _is_plain(n))
-    for norm in [n for n in program.graph.nodes if is_op(n, rms_norm.RMS_NORM, crms_norm.CRMS_NORM, aten.layer_norm)]:
+    plain = frozenset(n for n in program.graph.nodes if is_op(n, RMS_NORM) and _is_plain(n))
+    for norm in [n for n in program.graph.nodes if is_a(n, Trait.ROW_NORM) or is_op(n, CRMS_NORM)]:
         if norm in done or norm in facts(weight_only):
             continue
-        found = stream_of(norm.args[0], rank(norm) - 1, facts(weight_only), plain)  # type: ignore[arg-type]
+        found = stream_of(operand(norm), rank(norm) - 1, facts(weight_only), plain)
         done.update([*found.tensors, *(reader.node for reader in found.readers)])
         matrix = _blocker(found, facts) or make(program, found, int(found.width))  # type: ignore[call-overload]
         if isinstance(matrix, str):
@@ -102,9 +104,9 @@ def _blocker(found: Stream, facts: Facts) -> str | None:
         node, where = reader.node, f"{op_name(reader.node)} at {site(reader.node)}"
         if is_op(node, aten.layer_norm):
             return f"the stream is read by {where}: run layer_norm_to_rms_norm before"
-        if is_op(node, crms_norm.CRMS_NORM):
+        if is_op(node, CRMS_NORM):
             return f"the {where} needs its own basis: use the householder form of rms_norm_to_crms_norm"
-        if is_op(node, rms_norm.RMS_NORM):
+        if is_op(node, RMS_NORM):
             return f"the {where} has a gain or other axes: run fold_norm_affine before"
         if node.op == "output":
             return "a tensor of the stream is an output of the model"
@@ -115,8 +117,7 @@ def _blocker(found: Stream, facts: Facts) -> str | None:
 
 def _projection(reader: Reader, facts: Facts) -> Projection | None:
     found = projection(reader.node, reader.tensor, facts(weight_only))
-    fits = found is not None and found.groups == 1 and reader.axis == found.channel_axis % rank(reader.tensor)
-    return found if fits else None
+    return found if found and found.groups == 1 and reader.axis == found.channel_axis % rank(reader.tensor) else None
 
 
 def _rotate(found: Stream, matrix: Value, edit: Editor, facts: Facts) -> None:
@@ -127,8 +128,8 @@ def _rotate(found: Stream, matrix: Value, edit: Editor, facts: Facts) -> None:
     for read in readers:
         node = edit.current(read.node)  # a projection may read the stream and write it
         with edit.at(node):
-            weight = edit.value(argument(node, read.weight_name))
-            edit.replace(node, edit.rebuild(node, **{read.weight_name: turn(weight, read.in_axis)}))
+            turned = turn(edit.value(argument(node, read.weight_name)), read.in_axis)
+            edit.replace(node, edit.rebuild(node, **{read.weight_name: turned}))
 
 
 def _rotate_heads(program: Program, facts: Facts, edit: Editor, make: Make) -> None:

@@ -260,7 +260,7 @@ def test_no_test_without_its_pass() -> None:
     stems = {path.stem for path in pass_files()}
     tested = {path.stem.removeprefix("test_") for path in sources("tests/passes") if path.stem.startswith("test_")}
     tables = {stem for stem in tested if stem.startswith("methods_")}
-    assert tested <= stems | tables | {"traps"}, f"tests of no pass: {sorted(tested - stems)}"
+    assert tested <= stems | tables | {"spellings_of_views", "traps"}, f"tests of no pass: {sorted(tested - stems)}"
 
 
 @EACH_PASS
@@ -276,6 +276,66 @@ def test_a_pass_says_what_it_does_under_the_fixed_headings(path: Path) -> None:
 def test_a_pass_says_the_exactness_it_has(path: Path) -> None:
     [rule] = [rule for rule in pass_table() if rule.name == path.stem]
     assert PassDoc.of(path).sections["Exactness"].lower().startswith(rule.exactness.name.lower())
+
+
+# --- one vocabulary
+
+
+def of_one_class(source: str) -> Iterator[str]:
+    """Collections of three or more operators of one class (a view, a norm, a projection): they belong in the traits."""
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Tuple(elts=items) | ast.List(elts=items) | ast.Set(elts=items) | ast.Call(args=items):
+                named = items
+            case ast.Dict(keys=items):
+                named = [key for key in items if key is not None]
+            case _:
+                continue
+        for members in CLASSES:
+            found = [text for item in named if (text := ast.unparse(item)) in members]
+            if len(found) >= 3:
+                yield f"line {named[0].lineno}: {', '.join(found)}"
+
+
+def classes() -> tuple[set[str], ...]:
+    """What each class of operators may be called in a source, those that canonical graphs spell otherwise included."""
+    from normfuse.graph.spelling import SPELLINGS
+    from normfuse.ops.traits import TRAITS, Trait
+
+    views = {packet for packet, row in TRAITS.items() if row.traits & Trait.VIEW}
+    views |= {target.overloadpacket for target in SPELLINGS}
+    norms = {packet for packet, row in TRAITS.items() if row.traits & Trait.NORM}
+    projections = {packet for packet, row in TRAITS.items() if row.traits & Trait.PROJECTION}
+    ours = {"RMS_NORM", "CRMS_NORM", "STANDARDIZE"}
+    return tuple({*map(spelt, packets), *extra} for packets, extra in ((views, ()), (norms, ours), (projections, ())))
+
+
+def spelt(packet: object) -> str:
+    """`aten.view`, `torch.ops.normfuse.rms_norm`"""
+    return text if (text := str(packet)).startswith("aten.") else f"torch.ops.{text}"
+
+
+CLASSES = classes()
+
+
+def test_no_file_keeps_a_list_of_views_norms_or_projections() -> None:
+    homes = {ROOT / "normfuse/ops/traits.py", ROOT / "normfuse/graph/spelling.py"}
+    paths = [path for folder in ("normfuse", "passes") for path in sources(folder) if path not in homes]
+    lists = [f"{path.relative_to(ROOT)} {each}" for path in paths for each in of_one_class(path.read_text(encoding="utf-8"))]
+    assert not lists, "ask ops/traits.py instead:\n" + "\n".join(lists)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "VIEWS = (aten.view, aten.permute, aten.slice)",
+        "NORMS = {aten.layer_norm, RMS_NORM, aten.batch_norm}",
+        "is_op(node, aten.conv1d, aten.conv2d, aten.conv3d)",
+        "RULES = {aten.movedim: a, aten.swapaxes: b, aten.mT: c}",
+    ],
+)
+def test_such_a_list_is_found(source: str) -> None:
+    assert list(of_one_class(source))
 
 
 # --- sizes

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands
-from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED
 from normfuse.analysis.streams import Writer
 from normfuse.analysis.writers import Writers
 from normfuse.graph.node import argument, aten, is_op, rank, shape
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite.editor import Editor, Value
 
 ChannelMap = Callable[[Value, int], Value]
@@ -37,7 +37,7 @@ def narrow(edit: Editor, node: fx.Node, axis: int, before: int, after: int) -> N
 
     Sizes that the model's code wrote as literals change with them.
     """
-    if is_op(node, aten.view, aten.reshape, aten._unsafe_view, aten.expand):
+    if is_op(node, aten.reshape, aten.expand):
         sizes = list(node.args[1])  # type: ignore[arg-type]
         sizes[axis] = after if isinstance(sizes[axis], int) and sizes[axis] == before else sizes[axis]
         node.args = (node.args[0], sizes, *node.args[2:])
@@ -81,9 +81,9 @@ def _mapped_weights(edit: Editor, node: fx.Node, f: ChannelMap) -> dict[str, Val
         aten.embedding: (("weight", 1),),
     }
     places = names.get(node.target.overloadpacket, ())  # type: ignore[union-attr]
-    if is_op(node, *CONVOLUTIONS):
+    if is_a(node, Trait.CONVOLUTION):
         places = (("weight", 0), ("bias", 0))
-    if is_op(node, *TRANSPOSED):
+    if is_a(node, Trait.TRANSPOSED):
         places = (("weight", 1), ("bias", 0))
     mapped: dict[str, Value] = {}
     for name, axis in places:

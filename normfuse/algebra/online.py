@@ -59,7 +59,7 @@ def _reader_of_nonlinear(node: fx.Node, weights: Set[fx.Node]) -> Projection | N
 def _is_turned(node: fx.Node, weights: Set[fx.Node]) -> bool:
     """A projection that writes the queries could take the rotation: it is the one of a run before, or none is needed."""
     query: fx.Node = argument(node, "query")
-    while is_op(query, aten.transpose, aten.permute):
+    while is_op(query, aten.permute):
         query = query.args[0]  # type: ignore[assignment]
     return projection(query, None, weights) is not None
 

@@ -18,12 +18,13 @@ from normfuse.algebra.kernels import Factor, as_vector, build, scale_inputs, thr
 from normfuse.analysis.affine import AffineMap
 from normfuse.analysis.gains import Gain
 from normfuse.analysis.lanes import Among, Fill, Part, Step
-from normfuse.analysis.projections import TRANSPOSED, Projection
+from normfuse.analysis.projections import Projection
 from normfuse.analysis.reach import End, Reach
 from normfuse.analysis.signs import always_positive, nowhere_zero, positive_here
 from normfuse.analysis.windows import windows_of
 from normfuse.analysis.written import Writing, Written
-from normfuse.graph.node import argument, aten, is_op, rank, shape, site, value
+from normfuse.graph.node import argument, aten, rank, shape, site, value
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite.editor import Editor, Value
 
 Factors = tuple[Factor | None, Factor | None]
@@ -272,7 +273,7 @@ def scale_outputs(weight: Value, found: Projection, scale: Factor) -> Value:
     """diag(s) W: each output channel of a projection's weight multiplied."""
     if not isinstance(scale, Value) or not scale.ndim:
         return weight * scale
-    if not is_op(found.node, *TRANSPOSED) or found.groups == 1:
+    if not is_a(found.node, Trait.TRANSPOSED) or found.groups == 1:
         return weight * scale.along(found.out_axis, weight.ndim)
     # Transposed: (in, out / groups, ...), output channel = group * (out / groups) + j.
     inputs, outputs, *kernel = weight.shape

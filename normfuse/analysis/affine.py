@@ -17,11 +17,12 @@ from torch import Tensor, fx
 
 from normfuse.analysis.channelwise import acts_on, as_large, channelwise_operand
 from normfuse.analysis.grouped import Groups, groups_of, unflattened
-from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED, Projection, projection
+from normfuse.analysis.projections import Projection, projection
 from normfuse.analysis.windows import Window, Windows, common, per_axis, windows_of
 from normfuse.graph.node import argument, arguments, aten, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -241,11 +242,11 @@ class Affine:
                 argument(node, "indices"), Own(node, None), node, last, (), 1, size, width, covers=frozenset((node,))
             )
         found = projection(node, None, self.weights)
-        if found is None or is_op(node, *TRANSPOSED):
+        if found is None or is_a(node, Trait.TRANSPOSED):
             return None
         source: fx.Node = argument(node, found.input_name)
         sizes = shape(found.weight)
-        spatial = len(sizes) - 2 if is_op(node, *CONVOLUTIONS) else 0
+        spatial = len(sizes) - 2 if is_a(node, Trait.CONVOLUTION) else 0
         whole = rank(source) == spatial + 2 if spatial else rank(source) >= 2 and len(sizes) == 2
         windows = windows_of(node, sizes[2:]) if spatial else ()
         if not whole or windows is None or not all(isinstance(s, int) for s in sizes):

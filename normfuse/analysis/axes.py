@@ -13,7 +13,20 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from normfuse.graph.node import arguments, aten, is_getitem, is_one, positive_axis, product, rank, same_size, shape, value
+from normfuse.graph.node import (
+    arguments,
+    aten,
+    is_getitem,
+    is_one,
+    operand,
+    positive_axis,
+    product,
+    rank,
+    same_size,
+    shape,
+    value,
+)
+from normfuse.ops.traits import Trait, is_a, traits_of
 
 Carried = list[tuple[fx.Node, int]]
 
@@ -24,9 +37,9 @@ def carried_operands(node: fx.Node, axis: int) -> Carried | None:
         return None
     if is_getitem(node):
         # A piece of a split along this very axis is cut out of it, not carried.
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = operand(node)
         return None if carried_operands(source, axis) is None else [(source, axis)]
-    rule = _RULES.get(getattr(node.target, "overloadpacket", None))
+    rule = _rule_of(node)
     if rule is None or rank_of(node) == 0:
         return None
     return rule(node, axis, arguments(node))
@@ -117,12 +130,6 @@ def _same_place(before: tuple[Any, ...], after: tuple[Any, ...], axis: int) -> i
 def _expand(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
     own = _operand_axis(node, a["self"], axis)
     return None if own is None else [(a["self"], own)]
-
-
-def _transpose(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
-    n = rank(node)
-    first, second = positive_axis(a.get("dim0", 0), n), positive_axis(a.get("dim1", min(1, n - 1)), n)
-    return [(a["self"], {first: second, second: first}.get(axis, axis))]
 
 
 def _permute(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
@@ -218,10 +225,7 @@ def _where(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
 
 def _pool(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
     """Average pooling and interpolation act on each channel alone; the channel axis stands before the spatial ones."""
-    spatial = {"1d": 1, "2d": 2, "3d": 3}
-    name = str(node.target).partition(".")[2].partition(".")[0]
-    dims = next(n for suffix, n in spatial.items() if suffix in name)
-    return [(next(iter(a.values())), axis)] if axis == rank(node) - dims - 1 else None
+    return [(next(iter(a.values())), axis)] if axis == rank(node) - traits_of(node).spatial - 1 else None
 
 
 def _token_product(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | None:
@@ -232,22 +236,30 @@ def _token_product(node: fx.Node, axis: int, a: dict[str, Any]) -> Carried | Non
     return [(right, rank(right) - 1)]
 
 
-_RULES: dict[Any, Callable[[fx.Node, int, dict[str, Any]], Carried | None]] = {
+_Rule = Callable[[fx.Node, int, dict[str, Any]], Carried | None]
+_RULES: dict[Any, _Rule] = {
     aten.add: _sum, aten.sub: _sum, aten.mul: _product, aten.div: _quotient, aten.neg: _first,
-    aten.dropout: _dropout, aten.feature_dropout: _dropout, aten.contiguous: _first, aten.clone: _first,
-    aten.alias: _first, aten.to: _cast, aten._to_copy: _cast, aten.type_as: _cast,
-    aten.view: _view, aten.reshape: _view, aten._unsafe_view: _view, aten.flatten: _view, aten.unflatten: _view,
-    aten.squeeze: _view, aten.expand: _expand, aten.transpose: _transpose, aten.t: _transpose, aten.permute: _permute,
-    aten.unsqueeze: _unsqueeze, aten.cat: _concatenate, aten.concat: _concatenate, aten.stack: _stack,
-    aten.slice: _along_other, aten.narrow: _along_other, aten.split: _along_other, aten.split_with_sizes: _along_other,
-    aten.chunk: _along_other, aten.tensor_split: _along_other, aten.index_select: _along_other,
-    aten.select: _select, aten.unbind: _select, aten.index: _index,
-    aten.roll: _many_axes("dims"), aten.flip: _many_axes("dims"),
-    aten.mean: _reduce, aten.sum: _reduce, aten.pad: _pad, aten.constant_pad_nd: _pad,
-    aten.repeat: _repeat, aten.repeat_interleave: _repeat_interleave,
-    aten.masked_fill: _masked_fill, aten.where: _where,
-    aten.avg_pool1d: _pool, aten.avg_pool2d: _pool, aten.avg_pool3d: _pool,
-    aten.adaptive_avg_pool1d: _pool, aten.adaptive_avg_pool2d: _pool, aten.adaptive_avg_pool3d: _pool,
-    aten.upsample_nearest2d: _pool, aten.upsample_bilinear2d: _pool, aten.upsample_bicubic2d: _pool,
+    aten.unsqueeze: _unsqueeze, aten.stack: _stack,
+    aten.mean: _reduce, aten.sum: _reduce, aten.repeat: _repeat, aten.repeat_interleave: _repeat_interleave,
+    aten.index: _index, aten.index_select: _along_other, aten.masked_fill: _masked_fill, aten.where: _where,
     aten.matmul: _token_product, aten.bmm: _token_product,
 }  # fmt: skip
+_BY_TRAIT: tuple[tuple[Trait, _Rule], ...] = (
+    (Trait.RESHAPE, _view),
+    (Trait.PERMUTE, _permute),
+    (Trait.EXPAND, _expand),
+    (Trait.SLICE | Trait.SPLIT, _along_other),
+    (Trait.SELECT | Trait.UNBIND, _select),
+    (Trait.COPY, _first),
+    (Trait.CAST, _cast),
+    (Trait.DROPOUT, _dropout),
+    (Trait.JOIN, _concatenate),
+    (Trait.ROLL, _many_axes("dims")),
+    (Trait.PAD, _pad),
+    (Trait.MEAN_POOL | Trait.AVERAGE, _pool),
+)
+
+
+def _rule_of(node: fx.Node) -> _Rule | None:
+    own = _RULES.get(getattr(node.target, "overloadpacket", None))
+    return own or next((rule for trait, rule in _BY_TRAIT if is_a(node, trait)), None)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis.affine import AffineMap
-from normfuse.analysis.projections import CONVOLUTIONS, projection
+from normfuse.analysis.projections import projection
 from normfuse.analysis.windows import count
-from normfuse.graph.node import aten, is_op, rank, shape
+from normfuse.graph.node import aten, is_op, operand, rank, shape
+from normfuse.ops.traits import Trait, is_a
 
 
 def projections_in(m: AffineMap, weights: frozenset[fx.Node]) -> list[fx.Node]:
@@ -31,7 +32,7 @@ def dearer(m: AffineMap, node: fx.Node, weights: frozenset[fx.Node]) -> str | No
 def _multiplications(node: fx.Node, weights: frozenset[fx.Node]) -> int | None:
     found = projection(node, None, weights)
     assert found is not None
-    channels = 1 if is_op(node, *CONVOLUTIONS) else rank(node) - 1
+    channels = 1 if is_a(node, Trait.CONVOLUTION) else rank(node) - 1
     places, size = count([s for i, s in enumerate(shape(node)) if i != channels]), count(shape(found.weight))
     return None if places is None or size is None else places * size
 
@@ -39,7 +40,7 @@ def _multiplications(node: fx.Node, weights: frozenset[fx.Node]) -> int | None:
 def _larger(m: AffineMap, weights: frozenset[fx.Node]) -> str | None:
     """A table of results holds more numbers than a narrow table and a projection."""
     tables = [n for n in m.covers if is_op(n, aten.embedding)]
-    held = [count(shape(n.args[0])) for n in tables]  # type: ignore[arg-type]
+    held = [count(shape(operand(n))) for n in tables]
     held += [count(shape(found.weight)) for n in m.covers if (found := projection(n, None, weights)) is not None]
     after, old = m.inputs * m.outputs, sum(n for n in held if n is not None)
     return f"one table would hold {after} numbers, the parts hold {old}" if after > old else None

@@ -11,8 +11,7 @@ from torch import fx
 from normfuse.analysis.channelwise import channelwise_operand
 from normfuse.analysis.projections import projection
 from normfuse.graph.node import argument, arguments, aten, is_op, positive_axis, same_size, shape
-
-_RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def unflattened(node: fx.Node, inner: fx.Node, source: fx.Node) -> fx.Node | Non
 
     `inner` is the projection and `source` what it reads.
     """
-    if not is_op(node, *_RESHAPES) or not is_op(source, *_RESHAPES) or node.args[0] is not inner:
+    if not is_a(node, Trait.RESHAPE) or not is_a(source, Trait.RESHAPE) or node.args[0] is not inner:
         return None
     x: fx.Node = source.args[0]  # type: ignore[assignment]
     before, flat, after = shape(x), shape(source), shape(node)
@@ -54,7 +53,7 @@ def groups_of(node: fx.Node, weights: Set[fx.Node]) -> Groups | None:
 
 def _reduced(node: fx.Node) -> Groups | None:
     split, dims = node.args[0], arguments(node).get("dim")
-    if not is_op(split, *_RESHAPES) or argument(node, "keepdim") or dims is None:
+    if not is_a(split, Trait.RESHAPE) or argument(node, "keepdim") or dims is None:
         return None
     x: fx.Node = split.args[0]  # type: ignore[assignment,union-attr]
     before, after = shape(x), shape(split)  # type: ignore[arg-type]

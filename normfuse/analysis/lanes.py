@@ -28,6 +28,7 @@ from normfuse.graph.node import (
     value,
 )
 from normfuse.graph.roles import is_view
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,6 @@ _MOVES = (
     aten.contiguous, aten.clone, aten.roll, aten.flip, aten.split_with_sizes, aten.repeat, aten.repeat_interleave,
     aten.index, aten.index_select, aten.cat, aten.concat, aten.stack,
 )  # fmt: skip
-_RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
 _POOLS = (aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d)
 _MAXIMA: dict[Any, int] = {aten.max_pool1d: 1, aten.max_pool2d: 2, aten.max_pool3d: 3}
 
@@ -164,7 +164,7 @@ def behind(user: fx.Node, operand: fx.Node, lane: Lane, *, shifted: bool) -> Pla
         return [(user, Lane(target, lane.steps))]
     if (target := _gated(user, operand, axis)) is not None:
         return [(user, Lane(target, lane.steps))]
-    return _flattened(user, operand, lane) if is_op(user, *_RESHAPES) else None
+    return _flattened(user, operand, lane) if is_a(user, Trait.RESHAPE) else None
 
 
 def _is_linear_in(user: fx.Node, operand: fx.Node) -> bool:
@@ -253,7 +253,7 @@ def before(node: fx.Node, lane: Lane) -> Placed | None:
     carried = carried_operands(node, axis)
     if carried is not None:
         return [(operand, Lane(own, lane.steps)) for operand, own in carried]
-    return _split_axis(node, lane) if is_op(node, *_RESHAPES) else None
+    return _split_axis(node, lane) if is_a(node, Trait.RESHAPE) else None
 
 
 def _all_linear(node: fx.Node, lane: Lane) -> Placed | None:
@@ -302,9 +302,9 @@ def _split_axis(node: fx.Node, lane: Lane) -> Placed | None:
 
 def pieces_of(user: fx.Node, operand: fx.Node, axis: int) -> list[Piece] | None:
     """What `user` cuts out of `axis` of `operand`, if it is a slice or a split of it."""
-    if is_op(user, *_SPLITS) and user.args[0] is operand:
+    if is_a(user, Trait.SPLIT) and user.args[0] is operand:
         found = [(n, piece_at(n, axis)) for n in readers(user) if is_getitem(n)]
-    elif is_op(user, *_SLICES) and user.args[0] is operand:
+    elif is_a(user, Trait.SLICE) and user.args[0] is operand:
         found = [(user, piece_at(user, axis))]
     else:
         return None
@@ -312,14 +312,12 @@ def pieces_of(user: fx.Node, operand: fx.Node, axis: int) -> list[Piece] | None:
     return pieces if pieces and len(pieces) == len(found) else None
 
 
-_SLICES = (aten.slice, aten.narrow)
-_SPLITS = (aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split)
 
 
 def piece_at(node: fx.Node, axis: int) -> tuple[fx.Node, int, int, int] | None:
     """Of which tensor's `axis` the node is a piece: tensor, start, stop and the size of the whole."""
     split = node.args[0] if is_getitem(node) else node
-    if not is_op(split, *_SPLITS, *_SLICES) or is_getitem(node) != is_op(split, *_SPLITS):
+    if not is_a(split, Trait.SPLIT | Trait.SLICE) or is_getitem(node) != is_a(split, Trait.SPLIT):
         return None
     source: fx.Node = split.args[0]  # type: ignore[assignment,union-attr]
     size, ndim = shape(source)[axis] if axis < rank(source) else None, rank(source)

@@ -10,13 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import aten, expression, is_getitem, is_op, rank, same_size, shape, value
+from normfuse.graph.node import expression, invoke, is_getitem, operand, rank, readers, same_size, shape, value
+from normfuse.ops.traits import Trait, is_a
 
-_LAYOUT = (
-    aten.view, aten.reshape, aten._unsafe_view, aten.transpose, aten.permute, aten.unsqueeze, aten.squeeze, aten.flatten,
-    aten.unflatten, aten.unbind, aten.split, aten.split_with_sizes, aten.chunk, aten.slice, aten.select, aten.contiguous,
-    aten.clone, aten.movedim, aten.swapaxes, aten.narrow, aten.t,
-)  # fmt: skip
+_LAYOUT = Trait.WHOLE | Trait.PART | Trait.PARTS | Trait.COPY
 _PRIMES = (2, 3, 5, 7, 11, 13)
 _DOUBLINGS = 14
 """What strided convolutions leave of a short signal is nothing: theirs are tried longer."""
@@ -24,7 +21,7 @@ _DOUBLINGS = 14
 
 def is_layout(node: Any) -> bool:
     """Does the node only move elements, and read one tensor?"""
-    return is_getitem(node) or is_op(node, *_LAYOUT)
+    return is_getitem(node) or is_a(node, _LAYOUT)
 
 
 def root_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
@@ -32,7 +29,7 @@ def root_of(node: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     chain: list[fx.Node] = []
     while is_layout(node):
         chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = operand(node)
     return node, chain[::-1]
 
 
@@ -90,8 +87,8 @@ def merged_heads(node: fx.Node) -> fx.Node | None:
     """The reader that puts the heads of `node` (batch, heads, length, width) side by side, if a chain leads to one."""
     chain: list[fx.Node] = []
     current = node
-    while len(current.users) == 1:
-        current = next(iter(current.users))
+    while len(users := readers(current)) == 1:
+        current = users[0]
         if not is_layout(current):
             return None
         chain.append(current)
@@ -146,7 +143,7 @@ def _through(chain: Sequence[fx.Node], root: fx.Node, tensor: Tensor, numbers: M
     try:
         for node in chain:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), given)
-            env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            env[node] = invoke(node, args, kwargs)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     return env[chain[-1]] if chain else tensor

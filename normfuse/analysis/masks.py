@@ -10,8 +10,9 @@ from torch import Tensor, fx
 
 from normfuse.analysis.layout import concrete
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import argument, aten, expression, is_op, is_weight, value
+from normfuse.graph.node import argument, aten, expression, invoke, is_op, is_weight, value
 from normfuse.graph.program import Program
+from normfuse.graph.walk import walk
 
 _LARGEST = 2048
 
@@ -75,17 +76,11 @@ def _table(program: Program, node: fx.Node) -> list[int]:
 
 def _cone(mask: fx.Node) -> list[fx.Node] | None:
     """Everything the mask is computed from, in order; None if that is more than sizes and tensors of the model."""
-    seen: set[fx.Node] = set()
-    pending = [mask]
-    while pending:
-        node = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
+    seen: list[fx.Node] = []
+    for node in walk([mask], lambda n: () if is_op(n, aten.sym_size) else n.all_input_nodes):
+        seen.append(node)
         if node.op == "placeholder" or len(seen) > 200:
             return None
-        if not is_op(node, aten.sym_size):
-            pending.extend(node.all_input_nodes)
     return sorted(seen)
 
 
@@ -115,7 +110,7 @@ def _evaluate(program: Program, nodes: list[fx.Node], mask: fx.Node, numbers: di
                 env[node] = concrete(value(node), numbers)
             else:
                 args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), env.__getitem__)
-                env[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                env[node] = invoke(node, args, kwargs)
     except (TypeError, ValueError, RuntimeError, IndexError):
         return None
     return env[mask]  # type: ignore[no-any-return]

@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from normfuse.graph.node import argument, aten, is_op, rank
-
-CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
-TRANSPOSED = (aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+from normfuse.graph.node import argument, aten, is_op, node_argument, rank
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Projection:
 
     @property
     def weight(self) -> fx.Node:
-        return argument(self.node, self.weight_name)  # type: ignore[no-any-return]
+        return node_argument(self.node, self.weight_name)
 
     @property
     def bias(self) -> fx.Node | None:
@@ -43,7 +41,7 @@ class Projection:
     @property
     def channel_axis(self) -> int:
         """Where the input's channels lie: last for linear maps, 1 for convolutions."""
-        return 1 if is_op(self.node, *CONVOLUTIONS, *TRANSPOSED) else -1
+        return 1 if is_a(self.node, Trait.CONVOLVING) else -1
 
 
 def projection(node: fx.Node, source: fx.Node | None, weights: Set[fx.Node] | None) -> Projection | None:
@@ -67,9 +65,9 @@ def _describe(node: fx.Node) -> Projection | None:
         return Projection(node, "self", "mat2", None, 0, 1)
     if is_op(node, aten.matmul) and isinstance(argument(node, "other"), fx.Node) and rank(argument(node, "other")) == 2:
         return Projection(node, "self", "other", None, 0, 1)
-    if is_op(node, *CONVOLUTIONS):
+    if is_a(node, Trait.CONVOLUTION):
         return Projection(node, "input", "weight", "bias", 1, 0, argument(node, "groups"), _is_padded(node))
-    if is_op(node, *TRANSPOSED):
+    if is_a(node, Trait.TRANSPOSED):
         # How many taps an output sees depends on its place even without padding.
         return Projection(node, "input", "weight", "bias", 0, 1, argument(node, "groups"), padded=True)
     return None

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from normfuse.analysis.lanes import Lane, Step, behind, behind_maximum, is_gate
-from normfuse.analysis.projections import TRANSPOSED, Projection, projection
-from normfuse.graph.node import is_op, op_name, rank, readers, shape, site
+from normfuse.analysis.projections import Projection, projection
+from normfuse.graph.node import op_name, rank, readers, shape, site
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class _Walk:
                 if user.op == "output":
                     return f"{self.name} is also an output of the model"
                 if (found := self._end(user, node, lane)) is not None:
-                    if self.shifted and is_op(user, *TRANSPOSED):
+                    if self.shifted and is_a(user, Trait.TRANSPOSED):
                         return f"a shift does not pass the transposed convolution at {site(user)}"
                     self.ends.append(found)
                     continue

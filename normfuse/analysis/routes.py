@@ -8,7 +8,6 @@ followed alike. Attention mixes tokens and leaves channels where they are.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,16 +15,25 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.analysis.projections import Projection, projection
-from normfuse.graph.node import argument, aten, is_getitem, is_op, rank, readers, same_size, shape, value
+from normfuse.graph.node import (
+    argument,
+    aten,
+    invoke,
+    is_getitem,
+    is_op,
+    operands,
+    place_in,
+    rank,
+    readers,
+    same_size,
+    shape,
+    value,
+)
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
+from normfuse.ops.traits import Trait, is_a
 
-_MOVES = (
-    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.transpose, aten.t, aten.permute,
-    aten.unsqueeze, aten.squeeze, aten.expand, aten.contiguous, aten.clone, aten.alias, aten.slice, aten.select,
-    aten.narrow, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind, aten.repeat, aten.repeat_interleave,
-    aten.movedim, aten.swapaxes, aten.roll, aten.flip,
-)  # fmt: skip
+_MOVES = Trait.VIEW | Trait.COPY | Trait.REPEAT | Trait.ROLL
 _SAME = (aten.dropout, aten.to, aten._to_copy, aten.neg)
 HOMOGENEOUS = (aten.relu, aten.leaky_relu)
 """f(s x) = s f(x) for every s > 0."""
@@ -143,9 +151,9 @@ class Routes:
 def _join(node: fx.Node, labels: dict[fx.Node, Any], route: Route) -> Tensor | None:
     """Sums and concatenations whose every part is made of these channels."""
     if is_op(node, aten.cat, aten.stack):
-        parts = [labels.get(part) for part in node.args[0]]  # type: ignore[union-attr]
+        parts = [labels.get(part) for part in operands(node)]
         whole = all(isinstance(part, Tensor) for part in parts)
-        return node.target(parts, *node.args[1:], **node.kwargs) if whole else None  # type: ignore[operator,no-any-return]
+        return invoke(node, (parts, *node.args[1:]), node.kwargs) if whole else None
     if not is_op(node, aten.add, aten.sub):
         return None
     a, b = (labels.get(argument(node, name)) for name in ("self", "other"))  # type: ignore[arg-type]
@@ -180,16 +188,15 @@ def _size(size: Any) -> int:
 
 def _move(node: fx.Node, labels: Any, source: fx.Node, scales: bool) -> Any:
     if is_getitem(node):
-        return labels[int(node.args[1])] if isinstance(labels, tuple | list) else None  # type: ignore[arg-type]
+        return labels[place_in(node)] if isinstance(labels, tuple | list) else None
     if is_op(node, *_SAME) and value(node).is_floating_point():
         return labels
     if _times_one_number(node, source) or (scales and _commutes_with_scales(node, source)):
         return labels
-    if not is_op(node, *_MOVES) or not isinstance(labels, Tensor):
+    if not is_a(node, _MOVES) or not isinstance(labels, Tensor):
         return None
-    target: Callable[..., Any] = node.target  # type: ignore[assignment]
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), lambda n: labels if n is source else _number(n))
-    return target(*args, **kwargs)
+    return invoke(node, args, kwargs)
 
 
 def _number(node: fx.Node) -> Any:

@@ -14,18 +14,15 @@ from torch import Tensor, fx
 
 from normfuse.analysis.row_functions import over_last
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import argument, arguments, aten, is_op, op_name, same_size, shape, site, value
+from normfuse.graph.node import argument, arguments, aten, is_op, op_name, operand, same_size, shape, site, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
+from normfuse.graph.walk import tensors_behind
 from normfuse.ops import operator_of
+from normfuse.ops.traits import Trait, is_a
 
 Bounds = tuple[float, float]
-
-_COPIES = (aten.contiguous, aten.clone, aten.alias)
-_VIEWS = (
-    aten.view, aten.reshape, aten.expand, aten.unsqueeze, aten.squeeze, aten.transpose, aten.permute, aten.slice,
-    aten.select, *_COPIES,
-)  # fmt: skip
+_VIEWS = Trait.WHOLE | Trait.EXPAND | Trait.PART | Trait.COPY
 _TABLES = (aten.embedding, aten.index, aten.index_select, aten.gather)
 _SUMS = (aten.add, aten.sub)
 
@@ -57,11 +54,11 @@ def _why_no_softmax(node: object, mix: fx.Node) -> str | None:
 def _keeps_rows(node: fx.Node) -> bool:
     if is_op(node, aten.dropout):
         return argument(node, "train") is False
-    if is_op(node, *_COPIES):
+    if is_a(node, Trait.COPY):
         return True
-    if not is_op(node, aten.view, aten.reshape, aten.expand, aten._unsafe_view):
+    if not is_a(node, Trait.RESHAPE | Trait.EXPAND):
         return False
-    before, after = shape(node.args[0])[-1], shape(node)[-1]  # type: ignore[arg-type]
+    before, after = shape(operand(node))[-1], shape(node)[-1]
     return same_size(before, after) and not same_size(before, 1)
 
 
@@ -99,7 +96,7 @@ def bounds(program: Program, item: object, depth: int = 32) -> Bounds | None:
 
 def _bounds(program: Program, node: fx.Node, depth: int) -> Bounds | None:
     given = arguments(node)
-    if is_op(node, *_VIEWS, *_TABLES, aten.to, aten._to_copy):
+    if is_a(node, _VIEWS) or is_op(node, *_TABLES, aten.to, aten._to_copy):
         return bounds(program, node.args[0], depth)
     if is_op(node, aten.zeros, aten.zeros_like, aten.new_zeros):
         return (0.0, 0.0)
@@ -142,14 +139,5 @@ def _some_key_is_left(program: Program, mask: fx.Node) -> bool:
 
 
 def _depends_on_checkpoint(program: Program, mask: fx.Node) -> bool:
-    pending, seen = [mask], {mask}
-    while pending:
-        node = pending.pop()
-        if node.op == "get_attr":
-            origin = program.origins[str(node.target)]
-            if origin.kind != "constant" and origin.persistent:
-                return True
-        fresh = [n for n in node.all_input_nodes if n not in seen]
-        seen.update(fresh)
-        pending += fresh
-    return False
+    origins = [program.origins[str(node.target)] for node in tensors_behind(mask)]
+    return any(origin.kind != "constant" and origin.persistent for origin in origins)

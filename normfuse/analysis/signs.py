@@ -9,6 +9,7 @@ from torch import Tensor, fx
 from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import aten, is_op
 from normfuse.graph.program import Program
+from normfuse.ops.traits import Trait, is_a
 
 
 def always_positive(node: fx.Node) -> bool:
@@ -17,7 +18,7 @@ def always_positive(node: fx.Node) -> bool:
         return True
     if is_op(node, aten.mul, aten.div, aten.add):
         return all(always_positive(a) if isinstance(a, fx.Node) else _above_zero(a) for a in node.args[:2])
-    source = node.args[0] if is_op(node, aten.reshape, aten.expand, aten.reciprocal) else None
+    source = node.args[0] if is_a(node, Trait.VIEW) or is_op(node, aten.reciprocal) else None
     return isinstance(source, fx.Node) and always_positive(source)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands, carried_to
-from normfuse.graph.node import aten, is_op, readers
+from normfuse.graph.node import readers
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -88,10 +89,7 @@ def stream_of(
     return stream
 
 
-_LOOKS = (
-    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.contiguous, aten.unsqueeze,
-    aten.squeeze, aten.clone, aten.t, aten.slice, aten.select, aten.expand, aten.roll,
-)  # fmt: skip
+_LOOKS = Trait.WHOLE | Trait.EXPAND | Trait.PART | Trait.COPY | Trait.ROLL
 
 
 def ends_of(tensor: fx.Node, axis: int) -> list[Reader]:
@@ -101,7 +99,7 @@ def ends_of(tensor: fx.Node, axis: int) -> list[Reader]:
     while pending:
         node, at = pending.pop(0)
         for user in readers(node):
-            target = carried_to(user, node, at) if is_op(user, *_LOOKS) else None
+            target = carried_to(user, node, at) if is_a(user, _LOOKS) else None
             if target is None:
                 found.append(Reader(user, node, at))
             else:

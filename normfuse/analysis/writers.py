@@ -9,12 +9,25 @@ from __future__ import annotations
 from torch import fx
 
 from normfuse.analysis.axes import carried_operands
-from normfuse.analysis.projections import CONVOLUTIONS, TRANSPOSED
 from normfuse.analysis.row_functions import norm_over_last
 from normfuse.analysis.streams import Writer
-from normfuse.graph.node import argument, aten, is_getitem, is_op, op_name, product, rank, readers, same_size, shape, site
+from normfuse.graph.node import (
+    argument,
+    aten,
+    is_getitem,
+    is_op,
+    op_name,
+    operand,
+    product,
+    rank,
+    readers,
+    same_size,
+    shape,
+    site,
+)
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
+from normfuse.ops.traits import Trait, is_a
 
 
 class Writers:
@@ -34,7 +47,7 @@ class Writers:
         if is_op(node, aten.linear, aten.addmm, aten.mm, aten.matmul) and last:
             name = {"linear": "weight", "addmm": "mat2", "mm": "mat2", "matmul": "other"}[op_name(node)]
             return self._needs_weight(argument(node, name), where)
-        if is_op(node, *CONVOLUTIONS, *TRANSPOSED) and axis == 1:
+        if is_a(node, Trait.CONVOLVING) and axis == 1:
             if argument(node, "groups") != 1:
                 return f"{where} is a depthwise or grouped convolution, whose weights cannot mix channels"
             return self._needs_weight(argument(node, "weight"), where)
@@ -90,9 +103,9 @@ class Writers:
         """The linear of which `node` is a chunk along the channels, if nothing else reads these channels of it."""
         if not is_getitem(node) or axis != rank(node) - 1:
             return None
-        split: fx.Node = node.args[0]  # type: ignore[assignment]
+        split = operand(node)
         source = split.args[0]
-        along = is_op(split, aten.split, aten.chunk, aten.split_with_sizes) and argument(split, "dim") in (-1, axis)
+        along = is_a(split, Trait.SPLIT) and argument(split, "dim") in (-1, axis)
         if not along or not isinstance(source, fx.Node) or not is_op(source, aten.linear):
             return None
         same = [n for n in readers(split) if not is_getitem(n) or n.args[1] == node.args[1]]
@@ -100,9 +113,9 @@ class Writers:
 
     def heads_of_projection(self, node: fx.Node, axis: int) -> fx.Node | None:
         """The linear whose outputs `node` splits into (heads, channels), if nothing else reads them."""
-        if not is_op(node, aten.view, aten.reshape, aten.unflatten) or axis != rank(node) - 1 or rank(node) < 2:
+        if not is_a(node, Trait.RESHAPE) or axis != rank(node) - 1 or rank(node) < 2:
             return None
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = operand(node)
         outputs = shape(source)[-1] if shape(source) else 0
         split = same_size(product(shape(node)[-2:]), outputs) and not same_size(shape(node)[-1], outputs)
         mine = is_op(source, aten.linear) and readers(source) == (node,)

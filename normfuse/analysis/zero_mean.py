@@ -13,6 +13,7 @@ from normfuse.analysis.row_functions import over_last
 from normfuse.graph.node import argument, arguments, aten, is_op, positive_axis, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.ops.rms_norm import RMS_NORM
+from normfuse.ops.traits import Trait, is_a
 
 
 class ZeroMean:
@@ -54,7 +55,7 @@ class ZeroMean:
             return _affine(argument(node, "mat2"), 1, argument(node, "self"))
         if is_op(node, aten.embedding) and axis == last:
             return [(argument(node, "weight"), 1)]
-        if is_op(node, aten.conv1d, aten.conv2d, aten.conv3d) and axis == 1:
+        if is_a(node, Trait.CONVOLUTION) and axis == 1:
             return _affine(argument(node, "weight"), 0, argument(node, "bias"))
         return _normed(node) if axis == last else None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +14,22 @@ from normfuse.capture.branches import conditions_of
 from normfuse.capture.effects import own_outputs, refuse_side_effects
 from normfuse.capture.writes import functional_twin, mutated_by, name_of, needs_functionalization
 from normfuse.errors import CaptureError
-from normfuse.graph.node import argument, arguments, aten, dtype, expression, is_getitem, is_op, source_line, value
+from normfuse.graph import spelling
+from normfuse.graph.node import (
+    arguments,
+    aten,
+    dtype,
+    expression,
+    is_getitem,
+    is_op,
+    place_in,
+    source_line,
+    value,
+)
 from normfuse.graph.program import Kind, Origin, Program
 from normfuse.graph.roles import constants
 from normfuse.graph.signature import Leaf, Signature
+from normfuse.graph.structure import check_structure
 from normfuse.ops.rms_norm import RMS_NORM
 
 _KINDS: dict[InputKind, Kind] = {
@@ -38,6 +49,7 @@ def from_exported(exported: ExportedProgram) -> Program:
     program.drop_dead()
     _weights_first(program)
     program.graph.lint()
+    check_structure(program, after="capture")
     return program
 
 
@@ -246,54 +258,41 @@ def _simplify(program: Program) -> None:
         elif is_op(node, *_COPIES) or _is_same_dtype(node):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
-        elif node.target is aten.view.default:
-            node.target = aten.reshape.default  # how a tensor lies in memory may change with what computes it
-        elif is_op(node, aten.rms_norm) and arguments(node)["eps"] is None:
-            _with_literal_eps(node)
-        elif is_op(node, aten.reshape_as, aten.view_as, aten.expand_as):
-            _with_sizes(node)
         elif is_op(node, aten._native_batch_norm_legit_no_training):
             _retarget(node, lambda a: (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], False,
                                        a["momentum"], a["eps"], False), aten.batch_norm.default)
         elif is_op(node, aten.native_layer_norm):
             _retarget(node, lambda a: (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"], False),
                       aten.layer_norm.default)
-        elif is_op(node, aten.rms_norm) and argument(node, "eps") is not None:
+        elif is_op(node, aten.rms_norm):
             _to_our_rms_norm(node)
+    _spell(program)
 
 
 def _to_our_rms_norm(node: fx.Node) -> None:
-    given = arguments(node)
-    axes = list(range(-len(given["normalized_shape"]), 0))
-    node.target = RMS_NORM.default
-    node.args, node.kwargs = (given["input"], axes, given["weight"], None), {"eps": float(given["eps"])}
-
-
-def _with_literal_eps(node: fx.Node) -> None:
     """`eps=None` means the machine epsilon of the dtype it runs in: of the dtype it was captured in, from now on."""
     given = arguments(node)
-    own = dtype(node) or torch.float32
-    wide = torch.float32 if own in (torch.float16, torch.bfloat16) else own
-    node.args = (given["input"], given["normalized_shape"], given["weight"], torch.finfo(wide).eps)
-    node.kwargs = {}
+    eps = given["eps"]
+    if eps is None:
+        own = dtype(node) or torch.float32
+        eps = torch.finfo(torch.float32 if own in (torch.float16, torch.bfloat16) else own).eps
+    axes = list(range(-len(given["normalized_shape"]), 0))
+    node.target = RMS_NORM.default
+    node.args, node.kwargs = (given["input"], axes, given["weight"], None), {"eps": float(eps)}
 
 
-def _with_sizes(node: fx.Node) -> None:
-    """`x.reshape_as(y)` reads only the shape of y: say so."""
-    source, like = node.args[0], node.args[1]
-    target = aten.expand.default if is_op(node, aten.expand_as) else aten.reshape.default
-    sizes: list[Any] = []
-    with node.graph.inserting_before(node):
-        for axis, size in enumerate(value(like).shape):
-            if isinstance(size, torch.SymInt):
-                asked = node.graph.call_function(aten.sym_size.int, (like, axis))
-                asked.meta = {"val": size}
-                size = asked
-            sizes.append(size)
-        new = node.graph.call_function(target, (source, sizes))
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    node.graph.erase_node(node)
+def _spell(program: Program) -> None:
+    """Every call in its one spelling; what a tensor lies like in memory may change with what computes it."""
+    for node in [n for n in program.graph.nodes if n.op == "call_function" and not spelling.is_canonical(n)]:
+
+        def make(target: Any, *args: Any, before: fx.Node = node) -> fx.Node:
+            with program.graph.inserting_before(before):
+                new = program.graph.call_function(target, args)
+            with program.fake_mode, torch.no_grad():
+                new.meta = {**before.meta, "val": target(*fx.map_arg(args, value))}
+            return new
+
+        node.target, node.args, node.kwargs = spelling.spelt(node.target, node.args, node.kwargs, make)
 
 
 def _is_same_dtype(node: fx.Node) -> bool:
@@ -306,8 +305,10 @@ def _is_same_dtype(node: fx.Node) -> bool:
 
 def _retarget(node: fx.Node, args: Callable[[dict[str, Any]], tuple[Any, ...]], target: Any) -> None:
     """An operator with several results of which inference reads the first: its one-result spelling."""
-    users = [u for u in node.users if u.target is operator.getitem]
-    if any(argument_index(u) != 0 for u in users):
+    for user in [u for u in node.users if is_getitem(u) and not u.users]:
+        node.graph.erase_node(user)
+    users = [u for u in node.users if is_getitem(u)]
+    if any(place_in(u) != 0 for u in users):
         return
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args(arguments(node)))
@@ -316,7 +317,3 @@ def _retarget(node: fx.Node, args: Callable[[dict[str, Any]], tuple[Any, ...]], 
         user.replace_all_uses_with(new)
         node.graph.erase_node(user)
     node.graph.erase_node(node)
-
-
-def argument_index(getitem: fx.Node) -> int:
-    return int(getitem.args[1])  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from normfuse.errors import CaptureError
+from normfuse.graph.walk import behind
 
 
 def refuse_side_effects(exported: ExportedProgram) -> None:
@@ -45,16 +46,7 @@ def _reads_inputs(exported: ExportedProgram, item: Any) -> bool:
     given = {
         s.arg.name for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT and hasattr(s.arg, "name")
     }
-    seen: set[fx.Node] = set()
-    pending = [item] if isinstance(item, fx.Node) else []
-    while pending:
-        node = pending.pop()
-        if node.op == "placeholder" and node.name in given:
-            return True
-        if node not in seen:
-            seen.add(node)
-            pending.extend(node.all_input_nodes)
-    return False
+    return isinstance(item, fx.Node) and any(n.op == "placeholder" and n.name in given for n in behind(item))
 
 
 @contextlib.contextmanager

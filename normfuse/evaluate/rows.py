@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.evaluate.promote import call, give_back, promote
-from normfuse.graph.node import argument, arguments, aten, is_op, shape
+from normfuse.graph.node import argument, arguments, aten, is_op, operand, shape
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
 from normfuse.ops import operator_of
+from normfuse.ops.traits import Trait, is_a
 
 _LARGE = 1 << 18  # elements: weights above this are computed in blocks of rows
 
@@ -36,7 +37,6 @@ _ROWWISE_MAPS = (aten.matmul, aten.mm)
 _ROWWISE_REDUCTIONS = (aten.mean, aten.sum, aten.var, aten.std, aten.linalg_vector_norm, aten.amax)
 
 
-_ROWWISE_VIEWS = (aten.view, aten.reshape)
 
 
 _OVER_ROWS = (aten.mean, aten.sum, aten.amax)
@@ -126,7 +126,7 @@ class Weights:
         source = node.args[0]
         if not isinstance(source, fx.Node) or not self.rowwise(source):
             return False
-        if is_op(node, *_ROWWISE_VIEWS):
+        if is_a(node, Trait.RESHAPE):
             return shape(source)[0] == sizes[0]
         if len(shape(source)) < 2:
             return False
@@ -150,7 +150,7 @@ class Weights:
         return 0 in axes and not node.kwargs and self._widest(source) > _LARGE
 
     def _over_rows(self, node: fx.Node) -> Tensor:
-        source: fx.Node = node.args[0]  # type: ignore[assignment]
+        source = operand(node)
         total: Tensor | None = None
         for _, block in self.blocks(source):
             part = call(node, (block, *node.args[1:]), {})
@@ -179,8 +179,8 @@ class Weights:
                 return self.whole(n)
             return self.rows(n, which) if self.rowwise(n) else self._hold(n)[which]
 
-        if is_op(node, *_ROWWISE_VIEWS):
-            block = fetch(node.args[0])  # type: ignore[arg-type]
+        if is_a(node, Trait.RESHAPE):
+            block = fetch(operand(node))
             return block.reshape(len(block), *sizes[1:])
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), fetch)
         return call(node, args, kwargs)  # type: ignore[no-any-return]
@@ -238,7 +238,7 @@ def resolve(structure: Any, env: dict[fx.Node, Any], weights: Weights) -> Any:
 
 
 def apply(node: fx.Node, envs: list[dict[fx.Node, Any]], weights: Weights) -> list[Any]:
-    if is_op(node, aten.embedding) and node.args[0] in weights.nodes and weights.rowwise(node.args[0]):  # type: ignore[arg-type]
+    if is_op(node, aten.embedding) and operand(node) in weights.nodes and weights.rowwise(operand(node)):
         return [_embed(node, env, weights) for env in envs]
     if is_op(node, aten.linear) and _is_large(node.args[1], weights):
         return _linear_by_rows(node, envs, weights)
@@ -253,7 +253,7 @@ def apply(node: fx.Node, envs: list[dict[fx.Node, Any]], weights: Weights) -> li
 def _embed(node: fx.Node, env: dict[fx.Node, Any], weights: Weights) -> Tensor:
     index = resolve(node.args[1], env, weights)
     wanted, position = torch.unique(index, return_inverse=True)
-    return weights.some_rows(node.args[0], wanted)[position]  # type: ignore[arg-type]
+    return weights.some_rows(operand(node), wanted)[position]
 
 
 def _is_large(node: Any, weights: Weights) -> bool:
@@ -265,7 +265,7 @@ def _is_large(node: Any, weights: Weights) -> bool:
 
 def _linear_by_rows(node: fx.Node, envs: list[dict[fx.Node, Any]], weights: Weights) -> list[Any]:
     """x @ W.T in blocks of W's rows."""
-    weight: fx.Node = node.args[1]  # type: ignore[assignment]
+    weight = operand(node, 1)
     inputs = [resolve(node.args[0], env, weights) for env in envs]
     width = int(shape(weight)[0])
     results = [x.new_empty((*x.shape[:-1], width)) for x in inputs]

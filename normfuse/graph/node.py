@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+
+from normfuse.ops.traits import Trait, is_a
 
 Dim = int | torch.SymInt
 
@@ -36,15 +38,20 @@ def op_name(node: fx.Node) -> str:
 
 def arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a call by schema name, defaults filled in, however the call was spelt."""
-    schema = getattr(node.target, "_schema", None)
+    return bound_arguments(node.target, node.args, node.kwargs)
+
+
+def bound_arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """`arguments` of a call that is no node yet."""
+    schema = getattr(target, "_schema", None)
     if schema is None:
-        return {str(i): a for i, a in enumerate(node.args)} | dict(node.kwargs)
+        return {str(i): a for i, a in enumerate(args)} | dict(kwargs)
     bound: dict[str, Any] = {}
     for position, parameter in enumerate(schema.arguments):
-        if position < len(node.args):
-            bound[parameter.name] = node.args[position]
-        elif parameter.name in node.kwargs:
-            bound[parameter.name] = node.kwargs[parameter.name]
+        if position < len(args):
+            bound[parameter.name] = args[position]
+        elif parameter.name in kwargs:
+            bound[parameter.name] = kwargs[parameter.name]
         else:
             bound[parameter.name] = parameter.default_value if parameter.has_default_value() else None
     return bound
@@ -53,6 +60,67 @@ def arguments(node: fx.Node) -> dict[str, Any]:
 def argument(node: fx.Node, name: str) -> Any:
     """One argument by schema name."""
     return arguments(node)[name]
+
+
+def node_argument(node: fx.Node, name: str) -> fx.Node:
+    """An argument by schema name that is a node. Raises `TypeError` for one that is none."""
+    return _a_node(argument(node, name), node, name)
+
+
+def int_argument(node: fx.Node, name: str) -> int:
+    """An argument by schema name that is a known number. Raises `TypeError` for one that is none."""
+    found = argument(node, name)
+    if not isinstance(found, int):
+        raise TypeError(f"{name} of {node.name} is {found!r}, not a known number")
+    return found
+
+
+def ints_argument(node: fx.Node, name: str) -> list[int]:
+    """Known numbers, however they were given: one number, several, or none at all."""
+    found = argument(node, name)
+    given = [] if found is None else [found] if isinstance(found, int) else list(found)
+    if not all(isinstance(each, int) for each in given):
+        raise TypeError(f"{name} of {node.name} is {found!r}, not known numbers")
+    return given
+
+
+def operand(node: fx.Node, place: int = 0) -> fx.Node:
+    """A positional argument that is a node. Raises `TypeError` for one that is none."""
+    return _a_node(node.args[place] if place < len(node.args) else None, node, str(place))
+
+
+def operands(node: fx.Node, place: int = 0) -> list[fx.Node]:
+    """A positional argument that is a list of nodes: what a concatenation puts together, what a program returns."""
+    items = node.args[place]
+    if not isinstance(items, list | tuple):
+        raise TypeError(f"{place} of {node.name} is {items!r}, not a list")
+    return [_a_node(item, node, str(place)) for item in items]
+
+
+def _a_node(found: Any, node: fx.Node, name: str) -> fx.Node:
+    if not isinstance(found, fx.Node):
+        raise TypeError(f"{name} of {node.name} is {found!r}, not a node")
+    return found
+
+
+def place_in(getitem: fx.Node) -> int:
+    """Which of several results a `getitem` takes."""
+    index = getitem.args[1]
+    if not isinstance(index, int):
+        raise TypeError(f"{getitem.name} takes {index!r}, not a known place")
+    return index
+
+
+def invoke(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    """The operator of a call on other arguments: values, fake values, labels."""
+    target: Any = node.target
+    return target(*args, **kwargs)
+
+
+def parameters_of(node: fx.Node) -> Sequence[Any]:
+    """The arguments of the schema of the operator that a node calls."""
+    target: Any = node.target
+    return target._schema.arguments  # type: ignore[no-any-return]
 
 
 def value(node: Any) -> Any:
@@ -115,15 +183,10 @@ def positive_axis(axis: int, ndim: int) -> int:
     return axis + ndim if axis < 0 else axis
 
 
-_SHAPE_ONLY = (
-    aten.sym_size, aten.sym_numel, aten.sym_stride, aten.new_ones, aten.new_zeros, aten.new_empty, aten.new_full,
-    aten.zeros_like, aten.ones_like, aten.empty_like, aten.full_like,
-)  # fmt: skip
-
 
 def readers(node: fx.Node) -> tuple[fx.Node, ...]:
     """Readers of the node's *values*; nodes that ask only for its shape do not count."""
-    return tuple(user for user in node.users if not is_op(user, *_SHAPE_ONLY))
+    return tuple(user for user in node.users if not is_a(user, Trait.SHAPE_ONLY))
 
 
 def tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from enum import Enum
+from itertools import islice
 
 import torch
 from torch import fx
 
 from normfuse.graph.node import aten, is_getitem, is_op, value
 from normfuse.graph.program import Program
-
-_VALUES_IGNORED = (
-    aten.new_ones, aten.new_zeros, aten.new_empty, aten.new_full, aten.zeros_like, aten.ones_like, aten.empty_like,
-    aten.full_like, aten.sym_size, aten.sym_numel, aten.sym_stride,
-)  # fmt: skip
+from normfuse.graph.walk import nearest, tensors_behind
+from normfuse.ops.traits import Trait, is_a
 
 
 class Role(Enum):
@@ -58,7 +56,7 @@ class Roles:
             return Role.SIZE
         if is_random(node):
             return Role.ACTIVATION
-        if is_op(node, *_VALUES_IGNORED):
+        if is_a(node, Trait.SHAPE_ONLY):
             fill = [n for n in node.all_input_nodes[1:] if isinstance(value(n), torch.Tensor)]
             return max((self(n) for n in fill), default=Role.FIXED, key=lambda r: r.value)
         roles = [self(n) for n in node.all_input_nodes]
@@ -74,53 +72,35 @@ def _latents(program: Program, roles: dict[fx.Node, Role]) -> frozenset[fx.Node]
     found: set[fx.Node] = set()
     for node in program.graph.nodes:
         if is_op(node, *_MOMENTS) and roles[node] is Role.WEIGHT and _is_projected(node, roles):
-            leaves = [n for n in _leaves(node) if roles[n] is Role.WEIGHT]
+            leaves = [n for n in tensors_behind(node) if roles[n] is Role.WEIGHT]
             found.update(n for n in leaves if value(n).dim() >= 2)
     return frozenset(found)
 
 
 def _is_projected(node: fx.Node, roles: dict[fx.Node, Role]) -> bool:
-    pending, seen = [node], {node}
-    for _ in range(_FAR):
-        if not pending:
-            return False
-        current = pending.pop(0)
-        for user in current.users:
-            if is_op(user, aten.linear) and user.args[0] is current and current is not user.args[1]:
-                return True
-            if is_op(user, aten.scaled_dot_product_attention, aten.cat):
-                return True
-            if roles[user] is Role.WEIGHT and user not in seen and not is_op(user, aten.linear):
-                seen.add(user)
-                pending.append(user)
-    return False
+    """Through weights alone, and not far."""
 
+    def readers_that_are_weights(current: fx.Node) -> list[fx.Node]:
+        return [user for user in current.users if roles[user] is Role.WEIGHT and not is_op(user, aten.linear)]
 
-def _leaves(node: fx.Node) -> list[fx.Node]:
-    pending, seen = [node], {node}
-    while pending:
-        new = [n for n in pending.pop().all_input_nodes if n not in seen]
-        seen.update(new)
-        pending.extend(new)
-    return [n for n in seen if n.op == "get_attr"]
+    return any(
+        is_op(user, aten.scaled_dot_product_attention, aten.cat)
+        or (is_op(user, aten.linear) and user.args[0] is current and current is not user.args[1])
+        for current in islice(nearest([node], readers_that_are_weights), _FAR)
+        for user in current.users
+    )
 
 
 def value_operands(node: fx.Node) -> list[fx.Node]:
     """Operands whose values matter: not the tensors that only lend their shape or dtype, not sizes."""
     operands = node.all_input_nodes
-    if is_op(node, *_VALUES_IGNORED):
+    if is_a(node, Trait.SHAPE_ONLY):
         operands = operands[1:]
-    elif is_op(node, aten.type_as, aten.expand_as, aten.view_as, aten.reshape_as):
+    elif is_op(node, aten.type_as):
         operands = operands[:1]
     return [n for n in operands if isinstance(value(n), torch.Tensor | tuple | list)]
 
 
-# Nothing is computed by these: they are other looks at the same memory.
-_VIEWS = (
-    aten.view, aten.reshape, aten.transpose, aten.permute, aten.t, aten.expand, aten.unsqueeze, aten.squeeze, aten.slice,
-    aten.select, aten.flatten, aten.unflatten, aten.alias, aten.narrow, aten.split, aten.chunk, aten.unbind,
-    aten.movedim, aten.swapaxes,
-)  # fmt: skip
 
 
 def is_random(node: fx.Node) -> bool:
@@ -155,7 +135,8 @@ def weight_only(program: Program) -> frozenset[fx.Node]:
 
 
 def is_view(node: fx.Node) -> bool:
-    return is_op(node, *_VIEWS) or is_getitem(node)
+    """Nothing is computed by it: another look at the same memory."""
+    return is_a(node, Trait.VIEW) or is_getitem(node)
 
 
 def frontier(program: Program) -> list[fx.Node]:
@@ -176,14 +157,9 @@ def frontier(program: Program) -> list[fx.Node]:
     return list(found)
 
 
-_RESHAPES = (
-    aten.view, aten.reshape, aten.transpose, aten.permute, aten.t, aten.unsqueeze, aten.squeeze, aten.flatten,
-    aten.unflatten,
-)  # fmt: skip
-
 
 def _with_own_views(weight: fx.Node, views: list[fx.Node]) -> fx.Node:
     """The last of the views (outermost first) that stands alone on the weight and keeps its size."""
-    while views and len(weight.users) == 1 and is_op(views[-1], *_RESHAPES):
+    while views and len(weight.users) == 1 and is_a(views[-1], Trait.WHOLE):
         weight = views.pop()
     return weight

@@ -6,6 +6,7 @@ from torch import Tensor, fx
 
 from normfuse.graph.node import value
 from normfuse.graph.program import Program
+from normfuse.graph.spelling import is_canonical
 
 
 class StructureError(AssertionError):
@@ -32,6 +33,8 @@ def check_structure(program: Program, *, after: str) -> None:
             _fail(node, after, "differs in shape from the tensor it names")
         if node.op == "call_function" and "val" not in node.meta:
             _fail(node, after, "has no known value")
+        if node.op == "call_function" and not is_canonical(node):
+            _fail(node, after, f"is not in its canonical spelling ({node.target}; see graph/spelling.py)")
         if node.op not in ("placeholder", "get_attr", "call_function", "output"):
             _fail(node, after, f"is a {node.op}, which canonical graphs do not have")
         schema = getattr(node.target, "_schema", None)

@@ -31,9 +31,10 @@ from normfuse.graph.program import Program
 from normfuse.graph.roles import is_view, weight_only
 from normfuse.inplace.slots import Slots, same_program
 from normfuse.ops.rms_norm import RMS_NORM
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite.record import FiringKey
 
-NORMS = (aten.layer_norm, RMS_NORM, aten.batch_norm)
+NORMS = Trait.ROW_NORM | Trait.STORED_NORM
 
 
 @dataclass(frozen=True)
@@ -119,10 +120,10 @@ class _Planner:
         self.seen.add((old, new))
         if old in self.old_weights and new in self.new_weights:
             self._compare_weights(old, new, reader, new_reader)
-        elif is_op(old, *NORMS) and not self._same_norm(old, new):
+        elif is_a(old, NORMS) and not self._same_norm(old, new):
             yield from self._norm(old, new)
         elif old.op == new.op and old.target == new.target:
-            self.kept |= {module_path(old)} if is_op(old, *NORMS) else set()
+            self.kept |= {module_path(old)} if is_a(old, NORMS) else set()
             yield from self._compare_arguments(old, new)
         else:
             what = f"{op_name(old)} becomes {op_name(new)}, which the module's own code does not do"
@@ -197,7 +198,7 @@ class _Planner:
             yield source, new.args[0], old, new
 
     def _why_not_replace(self, old: fx.Node, path: str) -> str | None:
-        if not path or any(not is_op(n, *NORMS) for n in self.inside.get(path, ())):
+        if not path or any(not is_a(n, NORMS) for n in self.inside.get(path, ())):
             return f"the norm is written out in the code of {path or 'the model'}, not a module of its own"
         module = self.model.get_submodule(path)
         if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:

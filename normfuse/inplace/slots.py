@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from normfuse.graph.node import shape
 from normfuse.graph.program import Program
+from normfuse.graph.walk import tensors_behind
 
 Conflict = tuple[str, str, list[fx.Node]]
 
@@ -46,22 +47,12 @@ class Slots:
 
     def keep_leaves(self, computed: fx.Node, path: str) -> None:
         """Everything that a computed weight depends on must stay as it is."""
-        stack, seen = [computed], {computed}
-        while stack:
-            node = stack.pop()
-            if node.op == "get_attr":
-                self.use(node, path, None)
-            stack.extend(n for n in node.all_input_nodes if n not in seen)
-            seen.update(node.all_input_nodes)
+        for leaf in tensors_behind(computed):
+            self.use(leaf, path, None)
 
     def materialize(self, computed: fx.Node, new: fx.Node) -> bool:
         """The weight that a parametrization computes from parameters of its own becomes a parameter."""
-        leaves, stack = set[str](), [computed]
-        while stack:
-            node = stack.pop()
-            leaves |= {str(node.target)} if node.op == "get_attr" else set()
-            stack.extend(node.all_input_nodes)
-        found = {name for leaf in leaves if (name := self._reparameterized(leaf)) is not None}
+        found = {name for leaf in tensors_behind(computed) if (name := self._reparameterized(str(leaf.target))) is not None}
         if len(found) != 1 or shape(new) != shape(computed):
             return False
         self.computed.setdefault(found.pop(), []).append(new)

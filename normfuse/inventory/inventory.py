@@ -12,11 +12,13 @@ from torch import fx
 from normfuse.graph.node import argument, arguments, aten, is_op, readers, shape, site
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
+from normfuse.graph.walk import behind
 from normfuse.inventory.costs import bytes_of, flop_of, weight_cost
 from normfuse.inventory.pattern import Pattern, kinds
 from normfuse.inventory.placement import Placement
 from normfuse.inventory.table import page_of
 from normfuse.ops import Operator, operator_of
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.attention.one_key import is_over_one_key
 from normfuse.recognise.rows.weights import weight_patterns
 from normfuse.show.page import Page
@@ -78,7 +80,7 @@ def _unnamed(program: Program) -> Iterator[str]:
 def _patterns(program: Program) -> Iterator[Pattern]:
     weights = weight_only(program)
     normalised = list(weight_patterns(program))
-    parts = _behind([found.node for found in normalised])
+    parts = set(behind(*(found.node for found in normalised)))
     placement = Placement(program)
     for node in program.graph.nodes:
         kind = _kind(node, weights)
@@ -87,18 +89,6 @@ def _patterns(program: Program) -> Iterator[Pattern]:
     for found in normalised:
         cost = weight_cost(found.kind, found.node)
         yield Pattern(found.kind, site(found.node), found.axes, found.eps, found.affine, "other", *cost)
-
-
-def _behind(nodes: list[fx.Node]) -> set[fx.Node]:
-    """All that some nodes are computed from, and they themselves."""
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending.extend(node.all_input_nodes)
-    return found
 
 
 def _kind(node: fx.Node, weights: frozenset[fx.Node]) -> str | None:
@@ -129,8 +119,7 @@ def _affine(record: Operator, node: fx.Node, weights: frozenset[fx.Node]) -> str
     return " and ".join(name for name in names if name in has) or "none"
 
 
-_LOOKS = (aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.to, aten._to_copy, aten.type_as, aten.permute,
-          aten.transpose, aten.movedim, aten.contiguous, aten.squeeze, aten.unsqueeze)  # fmt: skip
+_LOOKS = Trait.WHOLE | Trait.CAST | Trait.COPY
 
 
 def _following(node: fx.Node, weights: frozenset[fx.Node]) -> set[str]:
@@ -143,7 +132,7 @@ def _following(node: fx.Node, weights: frozenset[fx.Node]) -> set[str]:
             found.add("weight")
         elif is_op(user, aten.add) and by_weight and "bias" not in found:
             found.add("bias")
-        elif not is_op(user, *_LOOKS) and not (is_op(user, aten.mul, aten.div) and len(user.all_input_nodes) == 1):
+        elif not is_a(user, _LOOKS) and not (is_op(user, aten.mul, aten.div) and len(user.all_input_nodes) == 1):
             break
         node = user
     return found

@@ -16,15 +16,12 @@ from normfuse.graph.node import aten, is_op, readers
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
 from normfuse.ops import operator_of
+from normfuse.ops.traits import Trait, is_a
 
 _LOOKS = (
-    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.transpose, aten.permute, aten.movedim, aten.contiguous,
-    aten.squeeze, aten.unsqueeze, aten.clone, aten.t, aten.roll, aten.dropout, aten.to, aten._to_copy, aten.type_as,
-    aten.expand, aten.alias, aten.pad, aten.slice, aten.select,
+    Trait.WHOLE | Trait.EXPAND | Trait.PART | Trait.COPY | Trait.CAST | Trait.ROLL | Trait.DROPOUT | Trait.PAD
 )  # fmt: skip
-_PROJECTIONS = (aten.linear, aten.addmm, aten.matmul, aten.conv1d, aten.conv2d, aten.conv3d)
-_ROTATIONS = (aten.mul, aten.add, aten.sub, aten.cat, aten.stack, aten.neg, aten.index, aten.chunk, aten.split, aten.unbind)
-_CONVOLUTIONS = (aten.conv1d, aten.conv2d, aten.conv3d)
+_ROTATIONS = (aten.mul, aten.add, aten.sub, aten.neg, aten.index)
 _FAR = 200
 
 
@@ -74,13 +71,13 @@ class Placement:
 
     def _passes(self, node: fx.Node) -> bool:
         """A view, a cast, a gain or a shift: the tensor is still itself."""
-        if is_op(node, *_LOOKS):
+        if is_a(node, _LOOKS):
             return True
         return is_op(node, aten.mul, aten.add, aten.div) and sum(n not in self.constants for n in node.all_input_nodes) == 1
 
     def _origin(self, node: fx.Node) -> fx.Node:
         for _ in range(_FAR):
-            if not is_op(node, *_LOOKS) or not node.all_input_nodes:
+            if not is_a(node, _LOOKS) or not node.all_input_nodes:
                 break
             node = node.all_input_nodes[0]
         return node
@@ -107,7 +104,7 @@ class Placement:
             node = pending.pop()
             if is_op(node, aten.embedding) or node in self.constants or self._projects_an_input(node):
                 found = True
-            elif is_op(node, aten.add, aten.cat, aten.mul, *_LOOKS):
+            elif is_a(node, _LOOKS) or is_op(node, aten.add, aten.cat, aten.mul):
                 new = [n for n in node.all_input_nodes if n not in seen]
                 seen.update(new)
                 pending.extend(new)
@@ -116,7 +113,7 @@ class Placement:
         return False
 
     def _projects_an_input(self, node: fx.Node) -> bool:
-        if not is_op(node, *_CONVOLUTIONS, aten.linear):
+        if not is_a(node, Trait.LINEAR | Trait.CONVOLUTION):
             return False
         origin = self._origin(node.all_input_nodes[0])
         return origin.op == "placeholder"
@@ -135,6 +132,10 @@ def _is_norm(node: fx.Node) -> bool:
     return record is not None and record.role == "norm" and record.gain is not None
 
 
+def _rotates(node: fx.Node) -> bool:
+    return is_a(node, _LOOKS | Trait.JOIN | Trait.PARTS) or is_op(node, *_ROTATIONS)
+
+
 def _feeds_scores(node: fx.Node) -> bool:
     """Does the norm end, through views and rotations, in queries or keys of an attention?"""
     pending, seen = [node], {node}
@@ -147,7 +148,7 @@ def _feeds_scores(node: fx.Node) -> bool:
                 return current in user.args[:2]
             # A residual add is never fed by a rotation of its own operand; a rotary sum is.
             is_rotary = not is_op(user, aten.add, aten.sub) or any(is_op(n, aten.mul) for n in user.all_input_nodes)
-            if is_op(user, *_LOOKS, *_ROTATIONS) and is_rotary and user not in seen:
+            if _rotates(user) and is_rotary and user not in seen:
                 seen.add(user)
                 pending.append(user)
     return False
@@ -159,7 +160,7 @@ def _feeds_keys_alone(ends: list[fx.Node]) -> bool:
     for end in ends:
         if end.op == "output":
             continue
-        if not is_op(end, *_PROJECTIONS):
+        if not is_a(end, Trait.PROJECTION | Trait.PRODUCT):
             return False
         pending, seen = [end], {end}
         while pending and len(seen) < _FAR:
@@ -169,7 +170,7 @@ def _feeds_keys_alone(ends: list[fx.Node]) -> bool:
                     if current is user.args[0]:
                         return False
                     found = True
-                elif is_op(user, *_LOOKS, *_ROTATIONS) and user not in seen:
+                elif _rotates(user) and user not in seen:
                     seen.add(user)
                     pending.append(user)
     return found

@@ -17,6 +17,7 @@ from normfuse.analysis import Facts
 from normfuse.graph.node import argument, aten, is_op, rank
 from normfuse.graph.program import Program
 from normfuse.graph.roles import is_random, weight_only
+from normfuse.graph.walk import behind
 from normfuse.rewrite import Editor, Exactness, Phase, Transform
 
 
@@ -60,22 +61,11 @@ def _scale_weight(node: fx.Node, facts: Facts, edit: Editor) -> None:
             continue
         weight = argument(projected, "weight")
         fits = rank(scale) == 1 and weight.op == "get_attr" and len(projected.users) == 1
-        if fits and argument(projected, "bias") is None and _depends(scale, weight):
+        if fits and argument(projected, "bias") is None and weight in behind(scale):
             with edit.at(node):
                 scaled = edit.value(weight) * edit.value(scale).unsqueeze(1)
                 edit.replace(node, edit.rebuild(projected, weight=scaled))
             return
-
-
-def _depends(node: Any, source: fx.Node) -> bool:
-    stack, seen = [node], {node}
-    while stack:
-        current = stack.pop()
-        if current is source:
-            return True
-        stack.extend(n for n in current.all_input_nodes if n not in seen)
-        seen.update(current.all_input_nodes)
-    return False
 
 
 def _key(item: Any) -> Any:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from normfuse.graph.node import arguments, aten, is_weight, op_name, rank, shape, value
+from normfuse.graph.node import arguments, aten, invoke, is_weight, op_name, parameters_of, rank, shape, value
 from normfuse.graph.program import Origin, Program
+from normfuse.graph.spelling import spelt
 from normfuse.rewrite.record import FiringKey, Log
 
 
@@ -146,8 +147,8 @@ class Editor:
         return node if isinstance(node, Value) else Value(node, self)
 
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Value:
-        """A call of an operator; the same call made before is returned instead."""
-        args, kwargs = _unwrap(args), _unwrap(kwargs)
+        """A call of an operator in its canonical spelling; the same call made before is returned instead."""
+        target, args, kwargs = spelt(target, _unwrap(args), _unwrap(kwargs), self._node)
         key = (target, _key(args), _key(kwargs))
         known = self._made.get(key)
         if known is not None and not known._erased and (self._anchor is None or is_weight(known) or known < self._anchor):
@@ -155,6 +156,9 @@ class Editor:
         node = self._create(target, args, kwargs)
         self._made[key] = node
         return Value(node, self)
+
+    def _node(self, target: Any, *args: Any) -> fx.Node:
+        return self.call(target, *args).node
 
     def op(self, name: str, *args: Any, **kwargs: Any) -> Value:
         """A call by the canonical name of the operator: `edit.op("linear", x, w, b)`."""
@@ -164,7 +168,7 @@ class Editor:
         """The same call with some arguments, by schema name, changed."""
         before = arguments(node)
         given = before | {name: _like(before[name], new) for name, new in changed.items()}
-        parameters = node.target._schema.arguments  # type: ignore[union-attr]
+        parameters = parameters_of(node)
         args = [given[p.name] for p in parameters if not p.kwarg_only]
         kwargs = {p.name: given[p.name] for p in parameters if p.kwarg_only and given[p.name] is not None}
         return self.call(node.target, *args, **kwargs)
@@ -224,7 +228,7 @@ class Editor:
         """Shape and dtype of a call, on fake tensors."""
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
         with self.program.fake_mode, torch.no_grad():
-            return node.target(*args, **kwargs)  # type: ignore[operator]
+            return invoke(node, args, kwargs)
 
     def refresh(self, node: fx.Node) -> None:
         """Derive anew what the node computes: one of its inputs has another shape now. Work in graph order."""

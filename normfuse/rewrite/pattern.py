@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.graph.node import arguments, aten, is_op
+from normfuse.graph.node import arguments, aten, is_op, parameters_of
 
 Bindings = Mapping[str, Any]
 
@@ -184,7 +184,7 @@ def _match_all(pairs: list[tuple[Any, Any]], found: _Found, constants: Set[fx.No
 
 
 def _at_default(node: fx.Node, name: str, given: Any) -> bool:
-    for parameter in node.target._schema.arguments:  # type: ignore[union-attr]
+    for parameter in parameters_of(node):
         if parameter.name == name:
             default = parameter.default_value if parameter.has_default_value() else None
             return bool(given is default or (not isinstance(given, fx.Node) and given == default))

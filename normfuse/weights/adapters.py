@@ -18,6 +18,7 @@ from normfuse.errors import NormfuseError
 from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import argument, aten, is_op, op_name, value
 from normfuse.graph.program import Program
+from normfuse.ops.traits import Trait, is_a
 from normfuse.weights.program import WeightProgram
 from normfuse.weights.replay import checkpoint_tensors, replay
 
@@ -132,7 +133,7 @@ class _Carrier:
             return None if adapter is None else (adapter.b.double(), adapter.a.double())
         if all(self._known[n] is None for n in node.all_input_nodes):
             return None
-        rule = next((rule for targets, rule in _RULES if is_op(node, *targets)), None)
+        rule = _rule_of(node)
         if rule is None:
             raise _Refused(f"{op_name(node)} of it")
         return rule(self, node)
@@ -227,13 +228,7 @@ def _reshaped(c: _Carrier, node: fx.Node) -> Low:
 def _permuted(c: _Carrier, node: fx.Node) -> Low:
     low = cast("Low", c.change(node.args[0]))
     count, own = len(_sizes(node)), low[0].dim() - 1
-    order = list(range(count))
-    if is_op(node, aten.permute):
-        order = [d % count for d in argument(node, "dims")]
-    else:
-        a, b = (0, 1) if is_op(node, aten.t) else (argument(node, "dim0") % count, argument(node, "dim1") % count)
-        order[a], order[b] = order[b], order[a]
-    return _in_order(low, order, own)
+    return _in_order(low, [d % count for d in argument(node, "dims")], own)
 
 
 def _in_order(low: Low, order: list[int], own: int) -> Low:
@@ -340,14 +335,16 @@ def _padded(c: _Carrier, node: fx.Node) -> Low:
 
 
 _Rule = Callable[[_Carrier, fx.Node], "Low | None"]
+_BY_TRAIT: tuple[tuple[Trait, _Rule], ...] = (
+    (Trait.CAST | Trait.COPY, _same),
+    (Trait.RESHAPE, _reshaped),
+    (Trait.PERMUTE, _permuted),
+    (Trait.SLICE, _sliced),
+)
 _RULES: tuple[tuple[tuple[Any, ...], _Rule], ...] = (
-    ((aten.to, aten._to_copy, aten.contiguous, aten.clone, aten.alias), _same),
     ((aten.neg,), _negated),
     ((aten.mul, aten.div), _product),
     ((aten.add, aten.sub), _sum),
-    ((aten.reshape, aten.view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze), _reshaped),
-    ((aten.transpose, aten.t, aten.permute), _permuted),
-    ((aten.slice,), _sliced),
     ((aten.index_select,), _selected),
     ((aten.mean, aten.sum), _reduced),
     ((aten.matmul, aten.mm), _matmul),
@@ -355,3 +352,8 @@ _RULES: tuple[tuple[tuple[Any, ...], _Rule], ...] = (
     ((aten.index_copy,), _copied),
     ((aten.constant_pad_nd,), _padded),
 )
+
+
+def _rule_of(node: fx.Node) -> _Rule | None:
+    by_trait = next((rule for trait, rule in _BY_TRAIT if is_a(node, trait)), None)
+    return by_trait or next((rule for targets, rule in _RULES if is_op(node, *targets)), None)

@@ -15,6 +15,7 @@ from normfuse.evaluate.rows import Weights
 from normfuse.graph.node import aten, is_op, is_weight, op_name
 from normfuse.graph.program import Origin, Program
 from normfuse.graph.roles import frontier, is_view
+from normfuse.graph.walk import behind
 from normfuse.weights.program import WeightProgram, _evaluate, sources_of
 
 Tick = Callable[[str], None]
@@ -68,15 +69,7 @@ def settle_moves(program: Program) -> None:
 
 def _asked_for(node: fx.Node) -> bool:
     """Weights that a pass made or named; other parameter-only computations of the model stay as they are."""
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current.meta.get("made_by") or current.meta.get("bake"):
-            return True
-        stack.extend(n for n in current.all_input_nodes if n not in seen)
-        seen.update(current.all_input_nodes)
-    return False
+    return any(n.meta.get("made_by") or n.meta.get("bake") for n in behind(node))
 
 
 def _mint(source: str, taken: set[str], suffix: str = "_baked") -> str:

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, fx
 
 from normfuse.evaluate.rows import Weights
-from normfuse.graph.node import aten, is_op, shape, value
+from normfuse.graph.node import shape, value
 from normfuse.graph.program import Program
+from normfuse.graph.walk import tensors_behind
+from normfuse.ops.traits import Trait, is_a
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,10 @@ def evaluate(program: Program, node: fx.Node) -> Tensor:
         return _evaluate(Weights(program), node)
 
 
-_TURNS = (aten.permute, aten.transpose, aten.t)
-
-
 def _evaluate(weights: Weights, node: fx.Node) -> Tensor:
     """Evaluate by blocks of rows and round each once; nothing of float64 outlives its block."""
     wanted = value(node).dtype
-    if is_op(node, *_TURNS) and node.all_input_nodes == [node.args[0]]:  # rounded first: that takes half the memory
+    if is_a(node, Trait.PERMUTE) and node.all_input_nodes == [node.args[0]]:  # rounded first: that takes half the memory
         turned = node.target(_evaluate(weights, node.args[0]), *node.args[1:])  # type: ignore[operator, arg-type]
         return turned.contiguous()  # type: ignore[no-any-return]
     out: Tensor | None = None
@@ -60,17 +59,7 @@ def _evaluate(weights: Weights, node: fx.Node) -> Tensor:
 
 def sources_of(node: fx.Node) -> tuple[str, ...]:
     """Names of the tensors the node reads, the one that gives it its size first."""
-    found: dict[str, int] = {}
-    seen: set[fx.Node] = set()
-    stack = [node]
-    while stack:
-        current = stack.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        if current.op == "get_attr":
-            found[str(current.target)] = _size(current)
-        stack.extend(reversed(current.all_input_nodes))
+    found = {str(n.target): _size(n) for n in tensors_behind(node)}
     wanted = _size(node)
     return tuple(sorted(found, key=lambda name: (found[name] != wanted, -found[name])))
 

@@ -99,11 +99,7 @@ def _apply(x: Value, plan: _Plan, atoms: Atoms, edit: Editor) -> Value:
     kept = [u for u, unit in enumerate(plan.units) if unit]
     order = [kept.index(u) for u in plan.order]
     if order != sorted(order):
-        swapped = [i for i, o in enumerate(order) if i != o]
-        if len(swapped) == 2:
-            x = edit.call(aten.transpose.int, x, swapped[0], swapped[1])
-        else:
-            x = edit.call(aten.permute.default, x, order)
+        x = edit.call(aten.permute.default, x, order)
     if any(len(j) > 1 for j in plan.joined):
         return _reshape(x, [[shape(x.node)[i] for i in group] for group in plan.joined], edit, joined=plan.joined)
     for axis, group in enumerate(plan.joined):

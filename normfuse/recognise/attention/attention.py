@@ -18,7 +18,7 @@ from torch import fx
 
 from normfuse.analysis import Facts
 from normfuse.evaluate.sizes import Concrete
-from normfuse.graph.node import argument, aten, is_op, op_name, positive_axis, rank, readers, shape, value
+from normfuse.graph.node import argument, aten, is_op, op_name, operand, positive_axis, rank, readers, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles
 from normfuse.recognise.attention.arrange import arranged
@@ -76,7 +76,7 @@ def _read(node: fx.Node, roles: Roles, concretes: Sequence[Concrete]) -> Attenti
     if isinstance(end, str):
         return end
     product, v, v_labels, out, contracted = end
-    scores = Reader(roles, concretes, atoms).read(node.args[0], labels, keys)  # type: ignore[arg-type]
+    scores = Reader(roles, concretes, atoms).read(operand(node), labels, keys)
     if isinstance(scores, str):
         return scores
     keys = atoms.leaves(keys)

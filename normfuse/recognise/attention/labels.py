@@ -21,12 +21,14 @@ from normfuse.graph.node import (
     expression,
     is_one,
     is_op,
+    operand,
     positive_axis,
     rank,
     same_size,
     shape,
     value,
 )
+from normfuse.ops.traits import Trait, is_a
 
 Labels = list[tuple[int, ...]]
 
@@ -160,43 +162,19 @@ def _quotient(b: Any, a: Any) -> Any:
 
 # -- one operator -------------------------------------------------------------------------------------------------
 
-_RESHAPES = (
-    aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten, aten.unsqueeze, aten.squeeze,
-)  # fmt: skip
-_SAME = (aten.contiguous, aten.clone, aten.to, aten._to_copy, aten.type_as, aten.alias, aten.dropout, aten.detach)
+_SAME = Trait.COPY | Trait.CAST
 
 
 def is_look(node: fx.Node) -> bool:
     """A view, a permutation, a cast, or dropout that is off."""
     if is_op(node, aten.dropout):
         return argument(node, "train") is False
-    return is_op(node, *_RESHAPES, *_SAME, aten.expand) or order_of(node) is not None
+    return is_a(node, Trait.RESHAPE | Trait.EXPAND | _SAME) or order_of(node) is not None
 
 
 def order_of(node: fx.Node) -> list[int] | None:
     """The permutation that the operator is."""
-    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
-        return None
-    n = rank(node.args[0])
-    given = arguments(node)
-    if is_op(node, aten.permute):
-        return [positive_axis(d, n) for d in given["dims"]]
-    if is_op(node, aten.transpose, aten.swapaxes, aten.swapdims):
-        names = ("dim0", "dim1") if "dim0" in given else ("axis0", "axis1")
-        a, b = (positive_axis(given[name], n) for name in names)
-        order = list(range(n))
-        order[a], order[b] = order[b], order[a]
-        return order
-    if is_op(node, aten.t, aten.mT, aten.numpy_T, aten.matrix_H):
-        return [*range(n - 2), n - 1, n - 2] if n >= 2 else None
-    if is_op(node, aten.movedim, aten.moveaxis):
-        source, target = given["source"], given["destination"]
-        sources = [source] if isinstance(source, int) else list(source)
-        targets = [target] if isinstance(target, int) else list(target)
-        moved = {positive_axis(t, n): positive_axis(s, n) for s, t in zip(sources, targets, strict=True)}
-        rest = iter(a for a in range(n) if a not in moved.values())
-        return [moved[a] if a in moved else next(rest) for a in range(n)]
-    return None
+    return [positive_axis(d, rank(node)) for d in argument(node, "dims")] if is_op(node, aten.permute) else None
 
 
 def behind(node: fx.Node, labels: Labels, atoms: Atoms) -> tuple[fx.Node, Labels] | None:
@@ -212,7 +190,7 @@ def behind(node: fx.Node, labels: Labels, atoms: Atoms) -> tuple[fx.Node, Labels
         return source, back
     if is_op(node, aten.expand):
         return source, aligned(source, labels)
-    if is_op(node, *_RESHAPES):
+    if is_a(node, Trait.RESHAPE):
         found = atoms.reshaped(labels, shape(node), shape(source))
         return None if found is None else (source, found)
     return source, labels
@@ -225,8 +203,8 @@ def ahead(node: fx.Node, labels: Labels, atoms: Atoms) -> Labels | None:
     order = order_of(node)
     if order is not None:
         return [labels[a] for a in order]
-    if is_op(node, *_RESHAPES):
-        return atoms.reshaped(labels, shape(node.args[0]), shape(node))  # type: ignore[arg-type]
+    if is_a(node, Trait.RESHAPE):
+        return atoms.reshaped(labels, shape(operand(node)), shape(node))
     return labels
 
 

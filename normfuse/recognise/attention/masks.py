@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from normfuse.evaluate.sizes import Concrete
 from normfuse.graph.node import aten, is_op, shape, value
 from normfuse.graph.roles import Role, Roles
+from normfuse.graph.walk import walk
 from normfuse.recognise.attention.arrange import arranged
 from normfuse.recognise.attention.labels import Atoms, Labels, is_look
 from normfuse.recognise.attention.scores import DROWNING, Bias, is_causal, some_row_is_empty, values_of
@@ -214,21 +215,19 @@ def _may_be_infinite(biases: Sequence[Bias], roles: Roles, concretes: Sequence[C
 
 def _reaches_infinity(node: fx.Node, roles: Roles, concretes: Sequence[Concrete]) -> bool:
     """May entries be minus infinity by design: given so, filled so, or the logarithm of nothing?"""
-    pending, seen = [node], {node}
-    while pending:
-        current = pending.pop()
+
+    def step(current: fx.Node) -> list[fx.Node]:
+        passes = roles(current) is Role.ACTIVATION and (is_look(current) or is_op(current, *_ARITHMETIC))
+        return [n for n in current.all_input_nodes if isinstance(value(n), Tensor)] if passes else []
+
+    def reaches(current: fx.Node) -> bool:
         if roles(current) is Role.FIXED and _is_infinite_table(current, concretes):
             return True
         if current.op == "placeholder":
-            if value(current).is_floating_point():
-                return True
-        elif is_op(current, *_LOGARITHMS) or any(isinstance(a, float) and math.isinf(a) for a in current.args):
-            return True
-        elif roles(current) is Role.ACTIVATION and (is_look(current) or is_op(current, *_ARITHMETIC)):
-            new = [n for n in current.all_input_nodes if n not in seen and isinstance(value(n), Tensor)]
-            seen.update(new)
-            pending.extend(new)
-    return False
+            return bool(value(current).is_floating_point())
+        return is_op(current, *_LOGARITHMS) or any(isinstance(a, float) and math.isinf(a) for a in current.args)
+
+    return any(reaches(current) for current in walk([node], step))
 
 
 def _is_infinite_table(node: fx.Node, concretes: Sequence[Concrete]) -> bool:

@@ -5,9 +5,12 @@ The inventory counts it for what it is: at another size of the input it is an at
 
 from __future__ import annotations
 
+from itertools import islice
+
 from torch import Tensor, fx
 
 from normfuse.graph.node import argument, aten, is_one, is_op, positive_axis, rank, readers, shape, value
+from normfuse.graph.walk import nearest
 from normfuse.recognise.attention.labels import Product, is_look, product_of
 
 _STEPS = 24
@@ -44,16 +47,12 @@ def _product_ahead(node: fx.Node) -> tuple[Product, fx.Node] | None:
 
 
 def _product_behind(node: object) -> Product | None:
-    pending = [node]
-    for _ in range(_STEPS):
-        if not pending:
-            return None
-        current = pending.pop(0)
-        if not isinstance(current, fx.Node) or not isinstance(value(current), Tensor):
-            continue
-        product = product_of(current)
-        if product is not None:
-            return product
-        if is_look(current) or is_op(current, *_BETWEEN):
-            pending.extend(current.all_input_nodes)
-    return None
+    """Along scales, masks and looks, not far."""
+    if not isinstance(node, fx.Node):
+        return None
+
+    def step(current: fx.Node) -> list[fx.Node]:
+        return current.all_input_nodes if is_look(current) or is_op(current, *_BETWEEN) else []
+
+    tensors = (n for n in islice(nearest([node], step), _STEPS) if isinstance(value(n), Tensor))
+    return next((product for n in tensors if (product := product_of(n)) is not None), None)

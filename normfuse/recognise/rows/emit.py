@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from normfuse.graph.node import aten, is_one, is_op, rank, same_size, shape, value
 from normfuse.graph.roles import is_view
 from normfuse.ops import operator_named
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import Plan
 from normfuse.recognise.rows.family import Activation, Softmax, Squashed
 from normfuse.recognise.rows.regions import Region
@@ -177,7 +178,7 @@ def stripped(node: fx.Node, dtype: torch.dtype) -> fx.Node:
         source = node.all_input_nodes[0] if node.all_input_nodes else None
         if source is None or not isinstance(value(source), Tensor):
             return node
-        keeps_order = is_view(node) and not is_op(node, aten.transpose, aten.permute, aten.t, aten.movedim, aten.swapaxes)
+        keeps_order = is_view(node) and not is_a(node, Trait.PERMUTE)
         whole = keeps_order and value(node).numel() == value(source).numel()
         widened = is_op(node, aten.to, aten._to_copy, aten.type_as) and value(source).dtype == dtype
         if not whole and not (widened and value(source).is_floating_point()):

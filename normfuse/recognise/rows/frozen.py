@@ -25,6 +25,8 @@ from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import aten, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles
+from normfuse.graph.walk import walk
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import snapped
 from normfuse.recognise.rows.experiment import Experiment
 from normfuse.recognise.rows.regions import Region, region_from, sources_of
@@ -32,11 +34,10 @@ from normfuse.recognise.rows.rows import all_finite, varying_axes
 from normfuse.rewrite import Editor, Exactness, Phase, Transform, Value
 
 _ROOTS = (aten.rsqrt, aten.sqrt, aten.pow)
+_LOOKS = Trait.WHOLE | Trait.EXPAND | Trait.SELECT | Trait.COPY | Trait.CAST
 _POINTWISE = (
-    aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.rsqrt, aten.sqrt, aten.pow, aten.reciprocal, aten.to,
-    aten._to_copy, aten.type_as, aten.view, aten.reshape, aten.unsqueeze, aten.expand, aten.select, aten.contiguous,
-    aten.clone, aten.addcmul, aten.permute, aten.transpose, aten.squeeze, aten.flatten, aten.clamp, aten.clamp_min,
-    aten.movedim,
+    aten.add, aten.sub, aten.mul, aten.div, aten.neg, aten.rsqrt, aten.sqrt, aten.pow, aten.reciprocal, aten.addcmul,
+    aten.clamp, aten.clamp_min,
 )  # fmt: skip
 _MAX_PROGRAM = 24
 _CLOSE = 1e-9
@@ -98,19 +99,14 @@ def _has_root(node: fx.Node, roles: Roles) -> bool:
 
 def _program(sides: list[fx.Node], roles: Roles) -> list[fx.Node] | None:
     """The stored nodes behind some sides in order, if they are few and all of them act on each entry alone."""
-    found: set[fx.Node] = set()
-    stack = list(sides)
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        pointwise = node.op == "get_attr" or is_op(node, *_POINTWISE)
+    found: list[fx.Node] = []
+    for node in walk(sides, lambda n: [] if roles(n) is Role.SIZE else n.all_input_nodes):
         if roles(node) is Role.SIZE:
             continue
+        pointwise = node.op == "get_attr" or is_a(node, _LOOKS) or is_op(node, *_POINTWISE)
         if roles(node) is Role.ACTIVATION or not pointwise or len(found) > _MAX_PROGRAM:
             return None
-        found.add(node)
-        stack.extend(node.all_input_nodes)
+        found.append(node)
     return sorted(found)
 
 

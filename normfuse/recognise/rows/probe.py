@@ -18,6 +18,7 @@ from normfuse.graph.node import argument, aten, is_op, same_size, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Role, Roles, value_operands
 from normfuse.ops import operator_of
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.by_reference import Known, identify_by_reference
 from normfuse.recognise.rows.experiment import Experiment, numel
 from normfuse.recognise.rows.family import (
@@ -37,18 +38,8 @@ Finding = Standardised | Softmax | Activation | Squashed | Known
 MAX_ELEMENTS = 1 << 22
 SEED = 20_240_611
 
-_REDUCTIONS = (
-    aten.mean, aten.sum, aten.var, aten.std, aten.var_mean, aten.std_mean, aten.linalg_vector_norm, aten.norm,
-    aten.linalg_norm, aten.amax, aten.max, aten.logsumexp, aten.layer_norm, aten.native_layer_norm, aten.rms_norm,
-    aten.group_norm, aten.instance_norm, aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d,
-    aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.log_softmax,
-    aten.cosine_similarity, aten.frobenius_norm, aten.norm_except_dim, aten.native_group_norm, aten.prod,
-)  # fmt: skip
+_STATISTICS = Trait.REDUCTION | Trait.MEAN_POOL | Trait.ROW_NORM | Trait.GROUP_NORM
 _FUNCTIONS = (aten.logsumexp, aten.gelu, aten.silu)
-_PRODUCTS = (
-    aten.matmul, aten.mm, aten.bmm, aten.einsum, aten.linear, aten.conv1d, aten.conv2d, aten.conv3d, aten.mv, aten.dot,
-    aten.addmm, aten.baddbmm,
-)  # fmt: skip
 _BENDS = (
     aten.tanh, aten.erf, aten.erfc, aten.special_erf, aten.special_erfc, aten.sigmoid, aten.special_expit, aten.exp,
     aten.special_ndtr, aten.exp2, aten.expm1, aten.hardtanh, aten.log_sigmoid, aten.special_exp2,
@@ -69,11 +60,11 @@ def is_canonical(node: fx.Node) -> bool:
 
 def is_seed(node: fx.Node, roles: Roles) -> bool:
     """Does something that the family is made of happen here?"""
-    if is_op(node, *_REDUCTIONS, *_BENDS) or _is_norm_of_ours(node):
+    if is_a(node, _STATISTICS) or is_op(node, *_BENDS, aten.log_softmax) or _is_norm_of_ours(node):
         return roles(node) is Role.ACTIVATION
     if is_op(node, aten.batch_norm):
         return bool(argument(node, "training")) and roles(node) is Role.ACTIVATION
-    if is_op(node, *_PRODUCTS):
+    if is_a(node, Trait.LINEAR | Trait.CONVOLUTION | Trait.PRODUCT) or is_op(node, aten.einsum):
         active = [n for n in value_operands(node) if roles(n) is Role.ACTIVATION]
         fixed = [n for n in value_operands(node) if roles(n) is Role.FIXED]
         return bool(active) and (bool(fixed) or len(active) > 1 or is_op(node, aten.einsum))
@@ -266,7 +257,7 @@ def _fits(source: fx.Node, node: fx.Node) -> bool:
     if len(mine) == len(theirs):
         different = [not (same_size(a, b) or _known_equal(a, b)) for a, b in zip(mine, theirs, strict=True)]
         return not any(different) or (sum(different) == 1 and is_op(node, aten.add, aten.log, aten.logsumexp))
-    return len(theirs) == len(mine) - 1 and is_op(node, aten.add, aten.log, aten.squeeze, aten.select, aten.reshape)
+    return len(theirs) == len(mine) - 1 and is_op(node, aten.add, aten.log, aten.select, aten.reshape)
 
 
 def _known_equal(a: Any, b: Any) -> bool:

@@ -18,20 +18,20 @@ from torch import Tensor, fx
 
 from normfuse.graph.node import argument, aten, expression, is_one, is_op, rank, shape, value
 from normfuse.graph.roles import Role, Roles, value_operands
+from normfuse.graph.walk import walk
+from normfuse.ops.traits import Trait, is_a
 
 MAX_REGION = 56
 MAX_CLIMB = 48
 MAX_SOURCES = 7
 
 _HEAVY = (
-    aten.embedding, aten.scaled_dot_product_attention, aten.conv_transpose1d, aten.conv_transpose2d,
-    aten.conv_transpose3d, aten.gather, aten.scatter, aten.sort, aten.topk, aten.index_put, aten.lstm, aten.gru,
+    aten.embedding, aten.scaled_dot_product_attention, aten.gather, aten.scatter, aten.sort, aten.topk, aten.index_put,
+    aten.lstm, aten.gru,
     aten.index, aten.index_select, aten.multinomial, aten.upsample_bilinear2d, aten.upsample_bicubic2d,
     aten.upsample_nearest2d, aten.max_pool2d, aten.unfold, aten.im2col, aten.nonzero, aten.dropout, aten.bernoulli,
     aten._scaled_dot_product_flash_attention_for_cpu, aten.cdist, aten.item,
 )  # fmt: skip
-_PRODUCTS = (aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.mv, aten.dot)
-_CONSTANT_PRODUCTS = (aten.linear, aten.conv1d, aten.conv2d, aten.conv3d)
 
 
 @dataclass
@@ -46,28 +46,22 @@ class Region:
 
     def inside(self, root: fx.Node) -> set[fx.Node]:
         """The nodes of the region that `root` needs."""
-        found: set[fx.Node] = set()
-        stack = [root]
-        while stack:
-            node = stack.pop()
-            if node in self.index and node not in found:
-                found.add(node)
-                stack.extend(node.all_input_nodes)
-        return found
+        starts = [root] if root in self.index else []
+        return set(walk(starts, lambda node: [n for n in node.all_input_nodes if n in self.index]))
 
 
 def is_cheap(node: fx.Node, roles: Roles, within: Callable[[fx.Node], bool]) -> bool:
     """May a region hold this operator? Products only with fixed tensors, or of what is within with itself."""
-    if node.op != "call_function" or is_op(node, *_HEAVY):
+    if node.op != "call_function" or is_op(node, *_HEAVY) or is_a(node, Trait.TRANSPOSED):
         return False
     val = value(node)
     if not isinstance(val, Tensor | tuple | list):
         return False
     if isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags:
         return False
-    if is_op(node, *_PRODUCTS):
+    if is_a(node, Trait.PRODUCT):
         return all(within(n) or roles(n) is Role.FIXED for n in value_operands(node))
-    if is_op(node, *_CONSTANT_PRODUCTS):
+    if is_a(node, Trait.LINEAR | Trait.CONVOLUTION):
         return roles(argument(node, "weight")) is Role.FIXED and argument(node, "bias") is None
     if is_op(node, aten.einsum):
         operands = value_operands(node)

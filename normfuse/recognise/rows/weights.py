@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from torch import Tensor, fx
 
@@ -15,16 +16,14 @@ from normfuse.evaluate.sizes import Concrete, Impossible
 from normfuse.graph.node import aten, is_op, shape, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import Roles, is_view, weight_only
+from normfuse.graph.walk import behind
+from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import divisor_of, eps_of, literals
 from normfuse.recognise.rows.experiment import Experiment, numel
 from normfuse.recognise.rows.regions import Region, close
 from normfuse.recognise.rows.rows import all_finite, changed_rows
 from normfuse.recognise.rows.standardize import Standardisation, Standardised
 
-_READERS = (
-    aten.linear, aten.addmm, aten.mm, aten.matmul, aten.bmm, aten.conv1d, aten.conv2d, aten.conv3d, aten.conv_transpose1d,
-    aten.conv_transpose2d, aten.conv_transpose3d, aten.embedding, aten.einsum,
-)  # fmt: skip
 _MOST = 200
 MAX_ELEMENTS = 1 << 24
 
@@ -46,7 +45,7 @@ def weight_patterns(program: Program) -> Iterator[WeightPattern]:
     roles, known, seen = Roles(program), {}, set()  # type: ignore[var-annotated]
     concrete = Concrete(program, roles)
     for node in program.graph.nodes:
-        if node in weights or not is_op(node, *_READERS):
+        if node in weights or not _multiplies(node):
             continue
         for operand in node.all_input_nodes:
             looks = _looks(operand) if operand in weights else []
@@ -62,6 +61,10 @@ def weight_patterns(program: Program) -> Iterator[WeightPattern]:
                     break
 
 
+def _multiplies(node: fx.Node) -> bool:
+    return is_a(node, Trait.PROJECTION | Trait.PRODUCT) or is_op(node, aten.embedding, aten.einsum)
+
+
 def _looks(node: fx.Node) -> list[fx.Node]:
     """The operand, and what it is a view of: a weight may be normalised in another shape than it is used in."""
     found = [node]
@@ -75,14 +78,7 @@ def _looks(node: fx.Node) -> list[fx.Node]:
 
 def _regions(root: fx.Node, roles: Roles, concrete: Concrete) -> Iterator[Region]:
     """The root as a function of each stored tensor of its size."""
-    needed: set[fx.Node] = set()
-    stack = [root]
-    while stack and len(needed) < _MOST:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    order = sorted(needed)
+    order = sorted(islice(behind(root), _MOST))
     for leaf in order:
         if leaf.op != "get_attr" or shape(leaf) != shape(root) or not value(leaf).is_floating_point():
             continue

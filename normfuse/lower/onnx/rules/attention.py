@@ -11,7 +11,7 @@ from torch import fx
 from normfuse.analysis import Facts
 from normfuse.analysis.layout import Heads, heads_of, is_layout, merged_heads
 from normfuse.analysis.masks import known_mask
-from normfuse.graph.node import argument, aten, dtype, is_op, is_weight, rank, same_size, shape
+from normfuse.graph.node import argument, aten, dtype, is_op, is_weight, rank, readers, same_size, shape
 from normfuse.graph.program import Program
 from normfuse.lower.decisions import Choice
 from normfuse.lower.onnx import operators
@@ -137,7 +137,7 @@ def _only_for(node: fx.Node, roots: set[fx.Node]) -> bool:
     pending, seen = list(roots), set[fx.Node]()
     while pending:
         current = pending.pop()
-        for user in current.users:
+        for user in readers(current):
             if user is node or user in seen:
                 continue
             if not is_layout(user):

@@ -19,7 +19,7 @@ def unflatten_products(program: Program, facts: Facts, edit: Editor) -> None:
         if node._erased or not is_op(node, aten.addmm, aten.mm):
             continue
         flat, weight, bias = _product(node)
-        source = flat.args[0] if is_op(flat, aten.view, aten.reshape) else None
+        source = flat.args[0] if is_op(flat, aten.reshape) else None
         if (
             not isinstance(source, fx.Node)
             or not _is_matrix(weight)
@@ -28,7 +28,7 @@ def unflatten_products(program: Program, facts: Facts, edit: Editor) -> None:
         ):
             continue
         wanted = (*shape(source)[:-1], shape(node)[-1])
-        views = [user for user in node.users if is_op(user, aten.view, aten.reshape) and _same(shape(user), wanted)]
+        views = [user for user in node.users if is_op(user, aten.reshape) and _same(shape(user), wanted)]
         if not views or len(views) != len(node.users) or not edit.fire(node):
             continue
         with edit.at(node):

@@ -14,10 +14,11 @@ from normfuse.analysis.layout import concrete, is_layout
 from normfuse.graph.node import argument, aten, expression, is_op, rank, shape, value
 from normfuse.graph.program import Program
 from normfuse.lower.onnx import operators
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite import Editor, Exactness, Transform, computed
 from normfuse.rewrite.editor import constant
 
-_MOVES = (aten.cat, aten.permute, aten.transpose, aten.slice)
+_MOVES = Trait.JOIN | Trait.PERMUTE | Trait.SLICE
 _LEAST_MOVES = 3
 """Passes over memory that a Gather must save to be worth its place: a lone Transpose is as fast."""
 
@@ -56,7 +57,7 @@ def _moves(node: fx.Node) -> int:
     """How often the node's elements pass through memory: a roll is done axis by axis."""
     if is_op(node, aten.roll):
         return max(1, len(argument(node, "dims")))
-    return int(is_op(node, *_MOVES))
+    return int(is_a(node, _MOVES))
 
 
 def _is_move(node: Any) -> bool:

@@ -12,6 +12,7 @@ from normfuse.analysis.layout import is_layout
 from normfuse.graph.node import Dim, argument, aten, dtype, is_getitem, is_one, is_op, is_weight, rank, same_size, shape
 from normfuse.lower.decisions import Choice, nominal
 from normfuse.lower.onnx import operators
+from normfuse.ops.traits import Trait, is_a
 from normfuse.rewrite import Editor, Exactness, Value, each
 
 
@@ -32,7 +33,7 @@ def gather(node: fx.Node, edit: Editor) -> Value | None:
 
 def reshape(node: fx.Node, edit: Editor) -> Value | None:
     """A view whose sizes are the input's own, numbers, and one that is left needs no arithmetic on sizes."""
-    if not is_op(node, aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten):
+    if not is_op(node, aten.reshape):
         return None
     sources: list[fx.Node] = [node.args[0]]  # type: ignore[list-item]
     while is_op(sources[-1], operators.RESHAPE):
@@ -71,16 +72,10 @@ def turned_back(node: fx.Node, edit: Editor) -> Value | None:
 
 
 def _order(node: object) -> list[int] | None:
-    """For each axis of a permute or transpose the axis of its input."""
-    if not isinstance(node, fx.Node) or not is_op(node, aten.permute, aten.transpose):
+    """For each axis of a permute the axis of its input."""
+    if not isinstance(node, fx.Node) or not is_op(node, aten.permute):
         return None
-    axes = list(range(rank(node)))
-    if is_op(node, aten.permute):
-        return [axis % len(axes) for axis in argument(node, "dims")]
-    i, j = argument(node, "dim0"), argument(node, "dim1")
-    if axes:
-        axes[i], axes[j] = axes[j], axes[i]
-    return axes
+    return [axis % rank(node) for axis in argument(node, "dims")]
 
 
 def zero_pad(node: fx.Node, edit: Editor) -> Value | None:
@@ -92,7 +87,7 @@ def zero_pad(node: fx.Node, edit: Editor) -> Value | None:
 
 def pad_before_pool(node: fx.Node, edit: Editor) -> Value | None:
     """A padding by 0 that a max pool reads names its axes: onnxruntime takes others for the pool's own, which is by -inf."""
-    if not is_op(node, aten.pad, aten.constant_pad_nd) or not any(is_op(user, *_MAX_POOLS) for user in node.users):
+    if not is_op(node, aten.pad, aten.constant_pad_nd) or not any(is_a(user, Trait.MAX_POOL) for user in node.users):
         return None
     pads, number = argument(node, "pad"), argument(node, "value") or 0.0
     constant = is_op(node, aten.constant_pad_nd) or argument(node, "mode") == "constant"
@@ -101,8 +96,6 @@ def pad_before_pool(node: fx.Node, edit: Editor) -> Value | None:
     with edit.at(node):
         return edit.call(operators.PAD.default, argument(node, "self"), list(pads))
 
-
-_MAX_POOLS = (aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.max_pool2d_with_indices)
 
 
 def residual(node: fx.Node, edit: Editor) -> Value | None:
