@@ -248,6 +248,10 @@ _ASSERTIONS = (
     aten.sym_constrain_range,
     aten.sym_constrain_range_for_size,
 )
+_BATCH_NORMS = (
+    aten.native_batch_norm, aten._native_batch_norm_legit, aten._native_batch_norm_legit_functional, aten.cudnn_batch_norm,
+    aten._batch_norm_impl_index, aten.miopen_batch_norm, aten._native_batch_norm_legit_no_training,
+)  # fmt: skip
 _COPIES = (aten.alias, aten.detach, aten.detach_, aten.lift_fresh_copy, aten.lift_fresh, aten.lift)
 
 
@@ -258,9 +262,12 @@ def _simplify(program: Program) -> None:
         elif is_op(node, *_COPIES) or _is_same_dtype(node):
             node.replace_all_uses_with(node.args[0])
             program.graph.erase_node(node)
-        elif is_op(node, aten._native_batch_norm_legit_no_training):
+        elif is_op(node, *_BATCH_NORMS) and not (a := arguments(node)).get("training") and a.get("running_mean") is not None:
             _retarget(node, lambda a: (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"], False,
-                                       a["momentum"], a["eps"], False), aten.batch_norm.default)
+                                       0.0, a.get("eps", a.get("epsilon")), False), aten.batch_norm.default)
+        elif is_op(node, aten.native_group_norm):
+            _retarget(node, lambda a: (a["input"], a["group"], a["weight"], a["bias"], a["eps"], False),
+                      aten.group_norm.default)
         elif is_op(node, aten.native_layer_norm):
             _retarget(node, lambda a: (a["input"], a["normalized_shape"], a["weight"], a["bias"], a["eps"], False),
                       aten.layer_norm.default)
@@ -314,6 +321,7 @@ def _retarget(node: fx.Node, args: Callable[[dict[str, Any]], tuple[Any, ...]], 
         new = node.graph.call_function(target, args(arguments(node)))
     new.meta = {**node.meta, "val": value(node)[0]}
     for user in users:
-        user.replace_all_uses_with(new)
+        if place_in(user) == 0:
+            user.replace_all_uses_with(new)
         node.graph.erase_node(user)
     node.graph.erase_node(node)

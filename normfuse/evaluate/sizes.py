@@ -78,7 +78,7 @@ class Concrete:
             if tensor.device.type == "meta":
                 raise Impossible("a buffer is not known")
             result = promote(tensor)
-        elif isinstance(value(node), torch.SymInt):
+        elif isinstance(value(node), torch.SymInt) and self.roles(node) is Role.SIZE:
             result = self.size(value(node))
         else:
             result = self._call(node)
@@ -89,6 +89,8 @@ class Concrete:
         def fetch(n: fx.Node) -> Any:
             if self.roles(n) is Role.ACTIVATION or self.roles(n) is Role.WEIGHT:
                 val = value(n)  # it lends its shape alone
+                if not isinstance(val, Tensor):
+                    raise Impossible("a number of the input")
                 return torch.zeros(self.shape(n), dtype=promote(val.dtype))
             return self.fixed(n)
 

@@ -53,7 +53,7 @@ class Roles:
             return Role.WEIGHT if origin is None or origin.kind == "parameter" else Role.FIXED
         val = value(node)
         if node.op == "call_function" and not isinstance(val, torch.Tensor | tuple | list):
-            return Role.SIZE
+            return self._of_number(node)
         if is_random(node):
             return Role.ACTIVATION
         if is_a(node, Trait.SHAPE_ONLY):
@@ -61,6 +61,17 @@ class Roles:
             return max((self(n) for n in fill), default=Role.FIXED, key=lambda r: r.value)
         roles = [self(n) for n in node.all_input_nodes]
         return max([Role.FIXED, *roles], key=lambda r: r.value)
+
+    def _of_number(self, node: fx.Node) -> Role:
+        """A size, or the entry of a tensor as a number: it is what the tensor is."""
+        if is_a(node, Trait.SHAPE_ONLY):
+            return Role.SIZE
+        return max((self(n) for n in node.all_input_nodes if _is_value(n)), default=Role.SIZE, key=lambda r: r.value)
+
+
+def _is_value(node: fx.Node) -> bool:
+    """A placeholder that is a number is a size."""
+    return node.op == "call_function" or isinstance(value(node), torch.Tensor)
 
 
 _MOMENTS = (aten.mean, aten.sum, aten.var, aten.var_mean, aten.std, aten.linalg_vector_norm, aten.norm)

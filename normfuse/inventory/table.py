@@ -22,7 +22,7 @@ def page_of(model: str, patterns: Sequence[Pattern], notes: Sequence[str]) -> Pa
     """The table, its total below; where there is no room for the sites, they stand below it."""
     groups: dict[tuple[Any, ...], list[Pattern]] = {}
     for p in patterns:
-        groups.setdefault((p.kind, p.placement, p.axes, p.eps, p.affine), []).append(p)
+        groups.setdefault((p.kind, p.placement, p.axes, p.eps, p.eps_place, p.affine), []).append(p)
     rows = tuple((*_row(alike), _where([p.site for p in alike])) for alike in groups.values())
     titles = zip(_COLUMNS, _totals(patterns), strict=True)
     columns = [Column(name, "right" if name in _NUMBERS else "left", total=total) for name, total in titles]
@@ -41,11 +41,19 @@ def _row(patterns: Sequence[Pattern]) -> tuple[Item, ...]:
         str(len(patterns)),
         Cell(placed, _PLACED.get(placed, "")),
         ", ".join(map(str, first.axes)),
-        "" if first.eps is None else f"{first.eps:g}",
+        _eps(first),
         "" if first.affine in ("", "none") else first.affine.replace(" and ", ", "),
         human(sum(p.bytes for p in patterns), "B"),
         human(sum(p.flop for p in patterns)),
     )
+
+
+def _eps(pattern: Pattern) -> str:
+    """eps, and where it stands if that is not under the root."""
+    if pattern.eps is None:
+        return ""
+    elsewhere = pattern.eps and pattern.eps_place not in ("", "inside")
+    return f"{pattern.eps:g} {pattern.eps_place}" if elsewhere else f"{pattern.eps:g}"
 
 
 def _totals(patterns: Sequence[Pattern]) -> list[str]:

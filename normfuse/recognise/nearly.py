@@ -25,7 +25,7 @@ from normfuse.recognise.rows.experiment import Experiment, numel
 from normfuse.recognise.rows.probe import is_canonical, is_seed
 from normfuse.recognise.rows.regions import Region, region_from, sources_of
 from normfuse.recognise.rows.rows import all_finite, changed_rows
-from normfuse.recognise.rows.standardize import Standardisation, Standardised
+from normfuse.recognise.rows.standardize import UNSTEADY, Standardisation, Standardised
 
 _MOST_ELEMENTS = 1 << 16
 _MOST_ROOTS = 24
@@ -182,7 +182,7 @@ class _Diagnosis:
         told = {
             "the gain is not one of the weights", "the shift is not one of the weights", "eps differs from row to row",
             "eps stands neither inside nor outside the root, nor as its floor", "its root is negative",
-            "it differs on rows of ordinary size", "its root is not that of the row",
+            "it differs on rows of ordinary size", "its root is not that of the row", UNSTEADY,
         }  # fmt: skip
         return ("norm", found) if found in told else None
 
@@ -229,6 +229,8 @@ class _Diagnosis:
         x, y = self.draws.moderate[0], self.moderate[0]
         if not isinstance(y, Tensor) or y.shape != x.shape or not all_finite(y) or not bool((y > 0).all()):
             return None
+        other = self.draws.among_others(self.root, x, 0)
+        steady = other is not None and torch.allclose(other, y, rtol=1e-9, atol=0)
         ratios = y / x.exp()
         for axis in range(x.dim()):
             k = ratios.narrow(axis, 0, 1)
@@ -237,9 +239,11 @@ class _Diagnosis:
             totals = x.exp().sum(axis, keepdim=True)
             beside, times = 1 / k - totals, k * totals
             if _is_one_number(beside):
-                return "softmax", f"{float(beside.flatten()[0]):g} is added to the sum below"
+                number = f"{float(beside.flatten()[0]):g}" if steady else "a number of the model"
+                return "softmax", f"{number} is added to the sum below"
             if _is_one_number(times) and abs(float(times.flatten()[0]) - 1) > 1e-9:
-                return "softmax", f"it is multiplied by {float(times.flatten()[0]):g} afterwards"
+                number = f"{float(times.flatten()[0]):g}" if steady else "a number of the model"
+                return "softmax", f"it is multiplied by {number} afterwards"
         return None
 
 

@@ -75,6 +75,8 @@ def test_with_its_axes_and_its_eps(spelling: Spelling) -> None:
         if spelling.eps is not None and spelling.kind in kinds():
             # a buffer holds eps rounded to the dtype of the model; without one, None says so too
             assert math.isclose(pattern.eps or 0.0, spelling.eps, rel_tol=1e-6)
+            if spelling.eps and pattern.kind != "attention":
+                assert pattern.eps_place == {"clamp_inside": "floor"}.get(spelling.eps_place, spelling.eps_place)
 
 
 @pytest.mark.parametrize("spelling", [s for s in SPELLINGS if s.kind in AFFINE and not s.or_count], ids=_ids)

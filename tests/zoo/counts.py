@@ -105,7 +105,7 @@ COUNTS: dict[str, dict[str, int]] = {
     "exaone4": {"rms_norm": 9, "attention": 2},
     "nanochat": {"rms_norm": 10, "attention": 2},
     "bitnet": {"rms_norm": 9, "attention": 2},
-    "gpt-oss": {"rms_norm": 5, "softmax": 4},
+    "gpt-oss": {"rms_norm": 5, "softmax": 4, "softmax_with_sink": 2},
     "deepseek-v3": {"rms_norm": 9, "attention": 2},
     "mamba2": {"rms_norm": 5},
     "falcon-mamba": {"rms_norm": 9},

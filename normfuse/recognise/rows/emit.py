@@ -77,12 +77,19 @@ def _grouped(plan: Plan, x: Value, weight: Value | None, bias: Value | None, edi
     """torch wants the channels along axis 1, and everything behind them normalised."""
     moved = plan.channel != 1
     if moved:
-        x = edit.call(aten.movedim.int, x, plan.channel, 1)
+        x = moved_axis(x, plan.channel, 1, edit)
     if plan.target == "instance_norm":
         y = edit.call(aten.instance_norm.default, x, weight, bias, None, None, True, 0.0, plan.eps, False)
     else:
         y = edit.call(aten.group_norm.default, x, plan.rows.parts, weight, bias, plan.eps, False)
-    return edit.call(aten.movedim.int, y, 1, plan.channel) if moved else y
+    return moved_axis(y, 1, plan.channel, edit) if moved else y
+
+
+def moved_axis(x: Value, source: int, destination: int, edit: Editor) -> Value:
+    """The axis in another place, spelt as the passes know it: a permutation."""
+    order = [a for a in range(x.ndim) if a != source]
+    order.insert(destination, source)
+    return edit.call(aten.permute.default, x, order)
 
 
 def _grouped_fits(plan: Plan) -> bool:

@@ -23,13 +23,14 @@ class Experiment:
         self.region = region
         self.concrete = concrete
         self.generator = torch.Generator().manual_seed(seed)
+        self.signed = True
         self.shape = concrete.shape(region.source)
         self.runs = 0
         self._slots: dict[fx.Node, int] = {region.source: 0}
         for node in (*region.sides, *region.nodes):
             self._slots[node] = len(self._slots)
         self._calls = [self._compile(node) for node in region.nodes]
-        self.sides = {node: self._draw(node, signed=True) for node in region.sides}
+        self.sides = {node: self._draw(node) for node in region.sides}
 
     def _compile(self, node: fx.Node) -> tuple[int, Any, Any, Any]:
         def prepare(item: Any) -> Any:
@@ -51,21 +52,32 @@ class Experiment:
 
     def positive_sides(self) -> None:
         """Draw the free sides positive: some weights stand under a root."""
+        self.signed = False
         for node in self.free():
-            self.sides[node] = self._draw(node, signed=False)
+            self.sides[node] = self._draw(node)
 
-    def _draw(self, node: fx.Node, *, signed: bool) -> Any:
+    def other_sides(self) -> dict[fx.Node, Any]:
+        """The free sides drawn once more, beside the draws of the experiment."""
+        kept = self.generator
+        self.generator = torch.Generator().manual_seed(kept.initial_seed() + 1)
+        drawn = {node: self._draw(node) for node in self.free()}
+        self.generator = kept
+        return drawn
+
+    def _draw(self, node: fx.Node) -> Any:
         role = self.concrete.roles(node)
         if role in (Role.SIZE, Role.FIXED):
             return self.concrete.fixed(node)
         val = value(node)
+        if isinstance(val, torch.SymFloat | float):
+            return 0.6 + float(torch.rand((), generator=self.generator))
         if not isinstance(val, Tensor):
-            raise Impossible("a side is a tuple")
+            raise Impossible("a side is a tuple or an integer of the input")
         sizes = self.concrete.shape(node)
         if not val.is_floating_point():
             return torch.randint(0, 2, sizes, generator=self.generator).to(val.dtype)
         drawn = 0.6 + torch.rand(sizes, generator=self.generator, dtype=torch.float64)
-        if signed:
+        if self.signed:
             flips = torch.rand(sizes, generator=self.generator) < 0.3
             drawn = torch.where(flips, -drawn, drawn)
         return drawn

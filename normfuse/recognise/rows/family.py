@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,11 +57,10 @@ class Squashed:
 
 
 def identify_softmax(draws: Standardisation, root: fx.Node, rows: Rows) -> Softmax | None:
-    values = [v.get(root) for v in draws.moderate_values]
-    if not all(isinstance(v, Tensor) for v in values) or not all_finite(*values):  # type: ignore[arg-type]
+    pairs = _pairs(draws, root)
+    if pairs is None:
         return None
-    xs = [rows.rows(x) for x in draws.moderate]
-    ys = [rows.rows(v) for v in values]  # type: ignore[arg-type]
+    xs, ys = [rows.rows(x) for x, _, _ in pairs], [rows.rows(y) for _, y, _ in pairs]
     if all(bool((y > 0).all()) for y in ys):
         scale = _slope(xs[0], ys[0].log())
         if scale and all(_close(y, torch.softmax(scale * x, -1)) for x, y in zip(xs, ys, strict=True)):
@@ -72,16 +72,23 @@ def identify_softmax(draws: Standardisation, root: fx.Node, rows: Rows) -> Softm
     return None
 
 
+def _pairs(draws: Standardisation, root: fx.Node) -> list[tuple[Tensor, Tensor, list[Any]]] | None:
+    """Rows, results and sides, if every one of the results has numbers."""
+    pairs = draws.moderate_pairs(root)
+    found = [(x, y, sides) for x, y, sides in pairs if y is not None and all_finite(y)]
+    return found if len(found) == len(pairs) else None
+
+
 def identify_logsumexp(draws: Standardisation, root: fx.Node) -> Softmax | None:
     """A result that has lost one axis."""
     shape = tuple(draws.experiment.shape)
-    values = [v.get(root) for v in draws.moderate_values]
-    if not all(isinstance(v, Tensor) for v in values):
+    pairs = _pairs(draws, root)
+    if pairs is None:
         return None
     for axis in range(len(shape)):
         for keepdim in (True, False):
-            wanted = [torch.logsumexp(x, axis, keepdim) for x in draws.moderate]
-            if shape[axis] > 1 and all(w.shape == v.shape and _close(v, w) for w, v in zip(wanted, values, strict=True)):  # type: ignore[union-attr, arg-type]
+            wanted = [(torch.logsumexp(x, axis, keepdim), y) for x, y, _ in pairs]
+            if shape[axis] > 1 and all(w.shape == y.shape and _close(y, w) for w, y in wanted):
                 return Softmax("logsumexp", None, axis=axis - len(shape), keepdim=keepdim)
     return None
 
@@ -102,11 +109,11 @@ def _close(y: Tensor, wanted: Tensor) -> bool:
 
 def identify_pointwise(draws: Standardisation, root: fx.Node) -> Activation | Squashed | None:
     """A result each of whose elements depends on one element of the source."""
-    values = [v.get(root) for v in draws.moderate_values]
-    if not all(isinstance(v, Tensor) for v in values) or not all_finite(*values):  # type: ignore[arg-type]
+    pairs = _pairs(draws, root)
+    if pairs is None:
         return None
     for kind, variant, function in ACTIVATIONS:
-        if all(_close(v, function(x)) for x, v in zip(draws.moderate, values, strict=True)):  # type: ignore[arg-type]
+        if all(_close(y, function(x)) for x, y, _ in pairs):
             return Activation(kind, variant)
     return _squashed(draws, root)
 
@@ -131,7 +138,7 @@ def _squashed(draws: Standardisation, root: fx.Node) -> Squashed | None:
         offset = inverse(at_zero)
         alpha = (inverse(at_near) - offset) / _PROBE
         found = _with_factors(draws, kind, alpha, offset, gain, shift)
-        if found is not None and _confirmed(draws, root, found, alpha, offset, gain, shift):
+        if found is not None and _confirmed(draws, root, found):
             return found
     return None
 
@@ -157,12 +164,16 @@ def _with_factors(
     return None
 
 
-def _confirmed(
-    draws: Standardisation, root: fx.Node, found: Squashed, alpha: Tensor, offset: Tensor, gain: Tensor, shift: Tensor
-) -> bool:
+def _confirmed(draws: Standardisation, root: fx.Node, found: Squashed) -> bool:
     function = torch.tanh if found.kind == "dyt" else torch.erf
-    for x, values in zip(draws.moderate, draws.moderate_values, strict=True):
-        wanted = gain * function(alpha.mean() * x + offset) + shift
-        if float((values[root] - wanted).abs().amax()) > 1e-8 * float(wanted.abs().amax()):
+    shape = tuple(draws.experiment.shape)
+
+    def of(factor: Factor | None, sides: list[Any]) -> Tensor | float:
+        return 0.0 if factor is None else factor.of(sides, shape)
+
+    for x, y, sides in _pairs(draws, root) or []:
+        inner = of(found.alpha, sides) * x + of(found.offset, sides)
+        wanted = of(found.gain, sides) * function(inner) + of(found.shift, sides)
+        if float((y - wanted).abs().amax()) > 1e-8 * float(wanted.abs().amax()):
             return False
     return True

@@ -28,6 +28,7 @@ from normfuse.graph.roles import Role, Roles
 from normfuse.graph.walk import walk
 from normfuse.ops.traits import Trait, is_a
 from normfuse.recognise.rows.choose import snapped
+from normfuse.recognise.rows.emit import moved_axis
 from normfuse.recognise.rows.experiment import Experiment
 from normfuse.recognise.rows.regions import Region, region_from, sources_of
 from normfuse.recognise.rows.rows import all_finite, varying_axes
@@ -76,7 +77,7 @@ def run(program: Program, facts: Facts, edit: Editor) -> None:
         if node._erased or not _is_seed(node, roles):
             continue
         for place in _places(node, roles):
-            key = _key(place, roles)
+            key = _key(place, concrete)
             if key not in known:
                 known[key] = _identify(place, concrete)
             found = known[key]
@@ -124,7 +125,10 @@ def _places(seed: fx.Node, roles: Roles) -> list[Place]:
             programs = _program(sides, roles)
             if programs is None:
                 continue
-            leaves = [n for n in programs if n.op == "get_attr" and math.prod(_static(n)) > 1]
+            stored = [n for n in programs if n.op == "get_attr"]
+            leaves = [n for n in stored if math.prod(_static(n)) > 1]
+            if any(n not in leaves and roles(n) is Role.WEIGHT for n in stored):
+                continue  # a learned eps or scale is no constant
             if 2 <= len(leaves) <= 4 and len({math.prod(_static(n)) for n in leaves}) == 1:
                 narrow = value(root).dtype == value(source).dtype
                 merit = (len(leaves), int(narrow), -distance, -len(inside))
@@ -136,14 +140,16 @@ def _static(node: fx.Node) -> list[int]:
     return [int(s) for s in shape(node)]
 
 
-def _key(place: Place, roles: Roles) -> Any:
-    """Places that are spelt alike, whatever the stored tensors hold."""
+def _key(place: Place, concrete: Concrete) -> Any:
+    """Places that are spelt alike, whatever the stored vectors hold; a stored number is part of the spelling."""
     names: dict[fx.Node, str] = {place.region.source: "s"}
     inside = place.region.inside(place.root)
     spelt: list[Any] = [str(shape(place.region.source))]
     for node in [*place.programs, *(n for n in place.region.nodes if n in inside)]:
         names[node] = f"n{len(names)}"
         what = str(shape(node)) if node.op == "get_attr" else str(node.target)
+        if node.op == "get_attr" and node not in place.leaves:
+            what = f"{what} {concrete.describe(node)}"
         args = pytree.tree_map(lambda a: names.get(a, str(value(a))) if isinstance(a, fx.Node) else repr(a), node.args)
         spelt.append((what, repr(args), repr(dict(node.kwargs)) if node.op != "get_attr" else ""))
     return tuple(spelt)
@@ -250,10 +256,10 @@ def _replace(place: Place, found: Frozen, edit: Editor) -> None:
         mean, var, gain, shift = (None if i is None else _vector(place.leaves[i], x, edit) for i in places)
         moved = found.channel != 1 or rank(source) < 2
         if moved:
-            x = edit.call(aten.movedim.int, x, found.channel, 1)
+            x = moved_axis(x, found.channel, 1, edit)
         y = edit.call(aten.batch_norm.default, x, gain, shift, mean, var, False, 0.0, found.eps, False)
         if moved:
-            y = edit.call(aten.movedim.int, y, 1, found.channel)
+            y = moved_axis(y, 1, found.channel, edit)
         y = y.to(wanted)
     edit.fired(root, before="batch_norm written out", after="batch_norm")
     edit.replace(root, y)

@@ -32,6 +32,8 @@ _HEAVY = (
     aten.upsample_nearest2d, aten.max_pool2d, aten.unfold, aten.im2col, aten.nonzero, aten.dropout, aten.bernoulli,
     aten._scaled_dot_product_flash_attention_for_cpu, aten.cdist, aten.item,
 )  # fmt: skip
+WIDE = tuple(op for op in _HEAVY if op not in (aten.sort, aten.topk, aten.gather))
+"""What no region may hold that is asked for what has a name, whatever it costs."""
 
 
 @dataclass
@@ -50,9 +52,9 @@ class Region:
         return set(walk(starts, lambda node: [n for n in node.all_input_nodes if n in self.index]))
 
 
-def is_cheap(node: fx.Node, roles: Roles, within: Callable[[fx.Node], bool]) -> bool:
+def is_cheap(node: fx.Node, roles: Roles, within: Callable[[fx.Node], bool], heavy: tuple[Any, ...] = _HEAVY) -> bool:
     """May a region hold this operator? Products only with fixed tensors, or of what is within with itself."""
-    if node.op != "call_function" or is_op(node, *_HEAVY) or is_a(node, Trait.TRANSPOSED):
+    if node.op != "call_function" or is_op(node, *heavy) or is_a(node, Trait.TRANSPOSED):
         return False
     val = value(node)
     if not isinstance(val, Tensor | tuple | list):
@@ -69,7 +71,7 @@ def is_cheap(node: fx.Node, roles: Roles, within: Callable[[fx.Node], bool]) -> 
     return True
 
 
-def sources_of(node: fx.Node, roles: Roles) -> list[fx.Node]:
+def sources_of(node: fx.Node, roles: Roles, heavy: tuple[Any, ...] = _HEAVY, far: int = MAX_CLIMB) -> list[fx.Node]:
     """Dominators of a node, nearest first, as far up as cheap operators reach."""
     found: list[fx.Node] = []
     pending: list[tuple[Any, fx.Node]] = []
@@ -82,7 +84,7 @@ def sources_of(node: fx.Node, roles: Roles) -> list[fx.Node]:
                 heapq.heappush(pending, (_Later(operand), operand))
 
     push(node)
-    for _ in range(MAX_CLIMB):
+    for _ in range(far):
         if not pending:
             break
         _, top = heapq.heappop(pending)
@@ -90,7 +92,7 @@ def sources_of(node: fx.Node, roles: Roles) -> list[fx.Node]:
             found.append(top)
             if len(found) >= MAX_SOURCES:
                 break
-        if not is_cheap(top, roles, lambda n: roles(n) is Role.ACTIVATION):
+        if not is_cheap(top, roles, lambda n: roles(n) is Role.ACTIVATION, heavy):
             break
         push(top)
     return [n for n in found if value(n).is_floating_point()]
@@ -108,7 +110,13 @@ class _Later:
         return other.node < self.node
 
 
-def region_from(source: fx.Node, roles: Roles, describe: Callable[[fx.Node], Any], bound: int = MAX_REGION) -> Region:
+def region_from(
+    source: fx.Node,
+    roles: Roles,
+    describe: Callable[[fx.Node], Any],
+    bound: int = MAX_REGION,
+    heavy: tuple[Any, ...] = _HEAVY,
+) -> Region:
     """The region of a source. `describe` gives what of a side's value the function depends on."""
     inside: dict[fx.Node, int] = {}
     pending: list[fx.Node] = []
@@ -127,7 +135,7 @@ def region_from(source: fx.Node, roles: Roles, describe: Callable[[fx.Node], Any
             continue
         if _joins_another_stream(node, source, roles, inside):
             continue
-        if is_cheap(node, roles, lambda n: n is source or n in inside):
+        if is_cheap(node, roles, lambda n: n is source or n in inside, heavy):
             inside[node] = len(inside) + 1
             push(node)
     region = Region(source, list(inside), [], index=inside)

@@ -39,6 +39,13 @@ class Factor:
     offset: float = 0.0
     axes: tuple[int, ...] = ()
 
+    def of(self, sides: list[Any], shape: tuple[int, ...]) -> Tensor:
+        """Its values for given sides, broadcast to the source's shape."""
+        if self.side is None:
+            return torch.full(shape, self.scale, dtype=torch.float64)
+        thin = [size if axis in self.axes else 1 for axis, size in enumerate(shape)]
+        return (self.scale * sides[self.side] + self.offset).reshape(thin).expand(shape)
+
 
 @dataclass(frozen=True)
 class Standardised:
@@ -63,6 +70,7 @@ def squares(form: str, x: Tensor) -> Tensor:
 
 
 FORMS = ("centred", "plain", "compressed")
+UNSTEADY = "its eps or its scale is no constant: it depends on a weight or on an input"
 
 
 class Standardisation:
@@ -76,6 +84,37 @@ class Standardisation:
         self.moderate = [experiment.draw(1.0), experiment.draw(3.0) + 1.0, experiment.draw(1e-3)]
         self.moderate_values = [experiment.run(x) for x in self.moderate]
         self.kept: dict[object, dict[fx.Node, Tensor]] = {}
+
+    @cached_property
+    def _others(self) -> dict[fx.Node, Any]:
+        return self.experiment.other_sides()
+
+    def other_sides(self) -> list[Any]:
+        """All sides, the free ones drawn once more."""
+        return list({**self.experiment.sides, **self._others}.values())
+
+    def among_others(self, root: fx.Node, x: Tensor, key: object) -> Tensor | None:
+        """The result where every free side has another value; `key` names x."""
+        if ("other", key) not in self.kept:
+            self.kept["other", key] = self.experiment.run(x, self._others)
+        value = self.kept["other", key].get(root)
+        return value if isinstance(value, Tensor) else None
+
+    def moderate_pairs(self, root: fx.Node) -> list[tuple[Tensor, Tensor | None, list[Any]]]:
+        """(row, result, sides) for ordinary rows, with the sides as they were drawn and with others.
+
+        A number that was solved for under the first draw and depends on a side does not fit the second.
+        """
+        mine = list(self.experiment.sides.values())
+        first = [(x, v.get(root), mine) for x, v in zip(self.moderate, self.moderate_values, strict=True)]
+        if not self.has_free_sides(root):
+            return first
+        theirs = self.other_sides()
+        return first + [(x, self.among_others(root, x, i), theirs) for i, x in enumerate(self.moderate)]
+
+    def has_free_sides(self, root: fx.Node) -> bool:
+        read = {n for node in self.experiment.region.inside(root) for n in node.all_input_nodes}
+        return any(n in read for n in self.experiment.free())
 
     @cached_property
     def large(self) -> list[Tensor]:
@@ -137,7 +176,9 @@ class Standardisation:
         if place is None:
             return "eps stands neither inside nor outside the root, nor as its floor"
         found = Standardised(form, rows, at_zero, place, factor, added)
-        return found if self._confirmed(found, root, gains, shifts) else "it differs on rows of ordinary size"
+        if not self._confirmed(found, root, gains, shifts):
+            return "it differs on rows of ordinary size"
+        return found if self._is_steady(found, root) else UNSTEADY
 
     # -- gains
 
@@ -230,6 +271,28 @@ class Standardisation:
             root_value = _roots(found, squares(found.form, r).sqrt())
             want = found.rows.rows(gains) * numerator(found.form, r) / root_value + found.rows.rows(shifts)
             if not all_finite(y) or float((y - want).abs().amax()) > MATCH * float(want.abs().amax()):
+                return False
+        return True
+
+    def _is_steady(self, found: Standardised, root: fx.Node) -> bool:
+        """Does it hold for other values of the sides, with the same numbers? Also where eps is all there is."""
+        if not self.has_free_sides(root):
+            return True
+        shape, sides = self.experiment.shape, self.other_sides()
+        gain = found.rows.rows(found.gain.of(sides, shape))
+        shift = 0.0 if found.shift is None else found.rows.rows(found.shift.of(sides, shape))
+        rows: list[tuple[Tensor, object, float]] = [(x, i, 10 * MATCH) for i, x in enumerate(self.moderate)]
+        if found.root0 > 0:
+            r = found.rows.rows(self.moderate[0])
+            x = found.rows.back(r * (found.root0 / squares(found.form, r).sqrt()))
+            rows.append((x, (f"{found.root0:.9e}", found.form, found.rows), 1e-7))
+        for x, key, tolerance in rows:
+            y = self.among_others(root, x, key)
+            if y is None or tuple(y.shape) != shape or not all_finite(y):
+                return False
+            r = found.rows.rows(x)
+            want = gain * numerator(found.form, r) / _roots(found, squares(found.form, r).sqrt()) + shift
+            if float((found.rows.rows(y) - want).abs().amax()) > tolerance * float(want.abs().amax()):
                 return False
         return True
 

@@ -36,6 +36,7 @@ class WeightPattern:
     node: fx.Node
     axes: tuple[int, ...]
     eps: float | None
+    eps_place: str
     affine: str
 
 
@@ -56,8 +57,8 @@ def weight_patterns(program: Program) -> Iterator[WeightPattern]:
                 if region.key not in known:
                     known[region.key] = _identify(region, root, concrete)
                 if known[region.key] is not None:
-                    kind, axes, eps, affine = known[region.key]
-                    yield WeightPattern(kind, root, axes, eps, affine)
+                    kind, axes, eps, place, affine = known[region.key]
+                    yield WeightPattern(kind, root, axes, eps, place, affine)
                     break
 
 
@@ -92,7 +93,11 @@ def _regions(root: fx.Node, roles: Roles, concrete: Concrete) -> Iterator[Region
         yield region
 
 
-def _identify(region: Region, root: fx.Node, concrete: Concrete) -> tuple[str, tuple[int, ...], float | None, str] | None:
+_Described = tuple[str, tuple[int, ...], float | None, str, str]
+"""(kind, axes, eps, place of eps, affine)"""
+
+
+def _identify(region: Region, root: fx.Node, concrete: Concrete) -> _Described | None:
     sizes = concrete.shape(region.source)
     if tuple(shape(root)) != sizes or not 4 <= numel(sizes) <= MAX_ELEMENTS:
         return None
@@ -101,7 +106,7 @@ def _identify(region: Region, root: fx.Node, concrete: Concrete) -> tuple[str, t
     except Impossible:
         return None
     if _is_spectral(draws, root):
-        return "spectral_norm", (), None, "none"
+        return "spectral_norm", (), None, "", "none"
     base = draws.moderate[0]
     before = draws.moderate_values[0].get(root)
     changed = base.clone()
@@ -116,21 +121,21 @@ def _identify(region: Region, root: fx.Node, concrete: Concrete) -> tuple[str, t
     return None if isinstance(found, str) else _described(found, region, root)
 
 
-def _described(
-    found: Standardised, region: Region, root: fx.Node
-) -> tuple[str, tuple[int, ...], float | None, str] | None:
+def _described(found: Standardised, region: Region, root: fx.Node) -> _Described | None:
     n = found.rows.size
     axes = tuple(a - len(found.rows.shape) for a in found.rows.axes)
     affine = "none" if found.gain.side is None else "weight"
     if found.shift is not None or found.rows.split is not None:
         return None
     if found.form == "plain":
-        return ("weight_norm", axes, eps_of(found, 1, literals(region))[1] or None, affine) if affine == "weight" else None
+        placed, eps = eps_of(found, 1, literals(region))
+        return ("weight_norm", axes, eps or None, placed.place, affine) if affine == "weight" else None
     if found.form != "centred":
         return None
     scale = abs(found.gain.scale)
     divisor = 1.0 if abs(scale - 1) < 1e-9 else divisor_of("centred", scale, n, region, root)[1]
-    return "weight_standardization", axes, eps_of(found, divisor, literals(region))[1], affine
+    placed, eps = eps_of(found, divisor, literals(region))
+    return "weight_standardization", axes, eps, placed.place, affine
 
 
 def _is_spectral(draws: Standardisation, root: fx.Node) -> bool:
