@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,28 +19,36 @@ from torch._guards import compile_context, tracing
 from torch._subclasses import FakeTensor
 
 from normfuse.errors import NormfuseError, PassError
+from normfuse.weights.watch import Watch
 
 Compiled = Callable[..., Any]
-_OPTIONS = ("below", "passes", "disable", "verify")
+_OPTIONS = ("below", "passes", "disable", "verify", "mode")
 
 
 def normfuse_backend(
-    module: fx.GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None
+    module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Compile one Dynamo graph.
 
-    `options`: `below` ("inductor" or "torch"), `passes`, `disable` and `verify` as in `optimize`. A graph that cannot be
-    captured goes to what stands below unchanged, with a warning that says why. Raises `PassError` for unknown options.
+    `options`: `below` ("inductor" or "torch"), `passes`, `disable` and `verify` as in `optimize`, and `mode`, since
+    `torch.compile` takes either a mode or options. `mode`: a mode of inductor. A graph that cannot be captured goes to what
+    stands below unchanged, with a warning that says why. At every call the weights are asked whether they have changed (see
+    `Watch` for what that sees); then everything is baked anew. Raises `PassError` for unknown options and modes.
     """
     given = dict(options or {})
     if unknown := [name for name in given if name not in _OPTIONS]:
         raise PassError(f"unknown option {unknown[0]!r}: the options are {', '.join(_OPTIONS)}")
-    below = _below(str(given.pop("below", "inductor")))
+    below = _below(str(given.pop("below", "inductor")), given.pop("mode", None) or mode)
     inputs = list(example_inputs)
     weights = [i for i, x in enumerate(inputs) if _is_weight(x)]
-    if any(isinstance(x, FakeTensor) for x in inputs) or not (weights or list(module.parameters())):
+    held = [*module.parameters(), *module.buffers()]
+    if any(isinstance(x, FakeTensor) for x in inputs) or not (weights or held):
         return below(module, inputs)
-    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in [*inputs, *held]):
         _warn("gradients are on: the model is compiled as it is; call it under torch.no_grad() to have it optimized")
         return below(module, inputs)
     return _Specialised(module, inputs, weights, below, given)
@@ -48,14 +58,21 @@ def _warn(text: str) -> None:
     warnings.warn(f"normfuse: {text}", stacklevel=3)
 
 
-def _below(name: str) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
-    if name == "torch":
-        return lambda module, _: module.forward
-    if name != "inductor":
+def _below(name: str, mode: str | None) -> Callable[[fx.GraphModule, list[Any]], Compiled]:
+    if name not in ("inductor", "torch"):
         raise PassError(f'unknown option below={name!r}: choose "inductor" or "torch"')
+    if name == "torch":
+        if mode not in (None, "default"):
+            raise PassError(f'mode={mode!r} is one of inductor\'s: leave out options={{"below": "torch"}}')
+        return lambda module, _: module.forward
+    from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx  # pyright: ignore[reportReturnType]
+    if mode is None:
+        return compile_fx  # pyright: ignore[reportReturnType]
+    if mode not in (modes := list_mode_options()):
+        raise PassError(f"unknown mode {mode!r}: the modes are {', '.join(modes)}")
+    return partial(compile_fx, config_patches=modes[mode])  # pyright: ignore[reportReturnType]
 
 
 def _is_weight(item: Any) -> bool:
@@ -121,34 +138,44 @@ class _Specialised:
         self, module: fx.GraphModule, inputs: list[Any], weights: list[int], below: Any, options: dict[str, Any]
     ) -> None:
         self.module, self.weights, self.below, self.options = module, weights, below, options
-        self.state = self._versions(inputs)
-        self.run = self._compile(inputs)
+        self.held = (*module.parameters(), *module.buffers())
+        self.pick = _picker(weights)
+        self._take(inputs)
 
-    def _versions(self, inputs: Sequence[Any]) -> tuple[tuple[int, int], ...]:
-        return tuple((id(inputs[i]), 0 if inputs[i].is_inference() else inputs[i]._version) for i in self.weights)
-
-    def _compile(self, inputs: list[Any]) -> Compiled:
-        from normfuse.api import optimize_flat
-
+    def _take(self, inputs: Sequence[Any]) -> None:
         try:
-            closed = _Closed(self.module, inputs, self.weights).eval()
-            tensors = closed.tensors(inputs)
-            # Dynamo is in the middle of a compilation: what our own capture learns is no guard of that one.
-            with tracing(None), compile_context(None):
-                optimized = optimize_flat(closed, tensors, dynamic_shapes="auto" if closed.sizes else None, **self.options)
+            watch = Watch(self.pick(tuple(inputs)) + self.held)  # before: what changes meanwhile is noticed
+            self.run: Compiled = self._compile(list(inputs))
         except PassError:
             raise
         except NormfuseError as error:
             _warn(f"left to what stands below: {error}")
-            return self.below(self.module, inputs)  # type: ignore[no-any-return]
+            self.run, watch = self.below(self.module, list(inputs)), None
+        self.watch = watch
+
+    def _compile(self, inputs: list[Any]) -> Compiled:
+        from normfuse.api import optimize_flat
+
+        closed = _Closed(self.module, inputs, self.weights).eval()
+        tensors = closed.tensors(inputs)
+        # Dynamo is in the middle of a compilation: what our own capture learns is no guard of that one.
+        with tracing(None), compile_context(None):
+            optimized = optimize_flat(closed, tensors, dynamic_shapes="auto" if closed.sizes else None, **self.options)
         compiled = self.below(optimized, list(tensors))
         return lambda *given: compiled(*closed.tensors(given))
 
     def __call__(self, *given: Any) -> Any:
-        if self._versions(given) != self.state:
-            self.state = self._versions(given)
-            self.run = self._compile(list(given))
+        if self.watch is not None and not self.watch.same(self.pick(given) + self.held):
+            self._take(given)
         return self.run(*given)
+
+
+def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """What takes the things at these positions out of a tuple, as fast as Python can."""
+    first, last = (positions[0], positions[-1] + 1) if positions else (0, 0)
+    if last - first == len(positions):
+        return itemgetter(slice(first, last))
+    return itemgetter(*positions)
 
 
 __all__ = ["normfuse_backend"]
