@@ -83,10 +83,16 @@ def row_kernel(
     reference: Callable[..., Any],
     arguments: tuple[Argument, ...],
     results: tuple[str, ...] = ("y",),
+    options: tuple[tuple[str, Any], ...] = (),
     online: bool = True,
 ) -> RowKernel:
-    """The kernels of a reference over matrices; the same question has the same answer."""
-    return RowKernel(trace(name, reference, arguments, results), online)
+    """The kernels of a reference, which takes matrices and options by name; the same question has the same answer."""
+    names = [argument.name for argument in arguments]
+
+    def bound(*matrices: Tensor) -> Any:
+        return reference(**dict(zip(names, matrices, strict=True)), **dict(options))
+
+    return RowKernel(trace(name, bound, arguments, results), online)
 
 
 def interpreted() -> bool:

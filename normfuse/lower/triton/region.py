@@ -236,7 +236,28 @@ def halvings(dtype: torch.dtype) -> int:
 _library = torch.library.Library("normfuse_steps", "DEF")
 _library.define("threshold(Tensor z, float power) -> Tensor")
 _library.impl("threshold", threshold, "CompositeExplicitAutograd")
-_library.impl("threshold", lambda z, power: torch.empty_like(z[..., :1]), "Meta")
+torch.library.register_fake("normfuse_steps::threshold", lambda z, power: z.new_empty((*z.shape[:-1], 1)), lib=_library)
+
+
+def _threshold_saved(ctx: Any, inputs: tuple[Tensor, float], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0], output)
+    ctx.power = inputs[1]
+
+
+def _threshold_gradient(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+    """sum(max(z - t, 0)**p) = 1 gives dt/dz = u / sum(u) with u = max(z - t, 0)**(p - 1)."""
+    z, tau = ctx.saved_tensors
+    over = z - tau
+    u = (over > 0).to(z.dtype) if ctx.power == 1 else over.clamp_min(0.0)
+    return g * u / u.sum(-1, keepdim=True), None
+
+
+torch.library.register_autograd(
+    "normfuse_steps::threshold", _threshold_gradient, setup_context=_threshold_saved, lib=_library
+)
+
+
+THRESHOLD = torch.ops.normfuse_steps.threshold
 
 
 class _Importer:
@@ -308,7 +329,7 @@ _STEPS: dict[str, Callable[..., Any]] = {
     "clamp_min": torch.clamp_min,
     "sum": _sum,
     "amax": _amax,
-    "threshold": torch.ops.normfuse_steps.threshold,
+    "threshold": THRESHOLD,
 }
 
 

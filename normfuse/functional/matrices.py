@@ -1,0 +1,42 @@
+"""How the tensors of a row function become matrices of rows, and the gradients of matrices those of tensors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from normfuse.lower.triton.region import Argument, per_column, per_row, rows, scalar
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor that broadcasts against `x`, whose rows lie along its last axis, as the smallest matrix that says it."""
+
+    tensor: Tensor
+    argument: Argument
+    matrix: Tensor
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor, x: Tensor) -> Operand:
+        columns = x.shape[-1]
+        count = math.prod(x.shape[:-1])
+        if tensor.shape == x.shape:
+            return cls(tensor, rows(name, tensor.dtype), tensor.reshape(count, columns))
+        if tensor.numel() == 1:
+            return cls(tensor, scalar(name, tensor.dtype), tensor.reshape(1, 1))
+        if tensor.numel() == tensor.shape[-1]:
+            return cls(tensor, per_column(name, tensor.dtype), tensor.reshape(1, columns))
+        if tensor.shape[-1] == 1:
+            repeated = tensor.expand(*x.shape[:-1], 1)
+            return cls(tensor, per_row(name, tensor.dtype), repeated.reshape(count, 1))
+        return cls(tensor, rows(name, tensor.dtype), tensor.expand(x.shape).reshape(count, columns))
+
+    def gradient(self, matrix: Tensor, x: Tensor) -> Tensor:
+        """The tensor's gradient from the matrix's: what was repeated is summed."""
+        given = self.argument.extent
+        if not given.rows:
+            return matrix.reshape(self.tensor.shape)
+        full = matrix.reshape(*x.shape[:-1], matrix.shape[-1])
+        return full.sum_to_size(self.tensor.shape).to(self.tensor.dtype)
