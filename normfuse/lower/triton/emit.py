@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from normfuse.lower.triton.lanes import SweepWriter
@@ -31,6 +32,16 @@ class Source:
     def lines(self) -> int:
         return len(self.text.splitlines())
 
+    def pointers(self, region: Region) -> list[str]:
+        """The pointers of the kernel's signature: inputs, then results."""
+        return [f"{node.name}_ptr" for node in region.inputs] + [f"{result.name}_ptr" for result in region.results]
+
+    def dtypes(self, region: Region) -> list[torch.dtype]:
+        """What they point to. Sums over rows leave wide, for the second reduction."""
+        given = [extent(node).dtype for node in region.inputs]
+        results = zip(region.results, region.summed, strict=True)
+        return given + [region.wide if summed else result.extent.dtype for result, summed in results]
+
 
 def emit(region: Region, schedule: str, *, online: bool = True) -> Source:
     """The kernel of a region in the schedule `"tile"` or `"sweeps"`, as a module that imports nothing but triton."""
@@ -41,9 +52,7 @@ class _Emitter(Writer):
     def __init__(self, region: Region, schedule: str, plan: Plan) -> None:
         super().__init__(region, schedule)
         self.plan = plan
-        self.accumulating = [
-            extent(node).rows and not result.extent.rows for node, result in zip(region.outputs, region.results, strict=True)
-        ]
+        self.accumulating = region.summed
 
     # --- the frame of a kernel
 

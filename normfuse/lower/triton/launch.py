@@ -53,7 +53,7 @@ class RowKernel:
         return self._run(self.backward(wanted), wanted, tuple(matrices))
 
     def config(self, columns: int, *, backward: bool) -> tune.Config:
-        return tune.config(columns, self.region.wide.itemsize, backward=backward)
+        return tune.config(columns, self.region.wide.itemsize, backward=backward, wave=64 if torch.version.hip else 32)
 
     def supports(self, columns: int) -> str | None:
         """Why rows of this width have no kernel, or None."""
@@ -125,7 +125,7 @@ def launch(
         kernel = compiled(source.name, source.text, interpreted())
         with _hardware_rounding() if device.type == "cpu" else torch.cuda.device(device):
             kernel[(grid,)](
-                *given, *outputs, *strides, rows, columns, BLOCK=chosen.block, num_warps=chosen.warps, **constants
+                *given, *outputs, *strides, rows, columns, BLOCK=chosen.block, num_warps=chosen.warps, enable_fp_fusion=True, **constants
             )
     return tuple(_left(region, i, output) for i, output in enumerate(outputs))
 
@@ -165,7 +165,7 @@ def _hardware_rounding() -> Generator[None]:
 def _output(region: Region, index: int, source: Source, grid: int, rows: int, columns: int, device: torch.device) -> Tensor:
     result = region.results[index].extent
     width = columns if result.columns else 1
-    if _summed(region, index):  # a row of sums for each program; sweeps add to it block by block
+    if region.summed[index]:  # a row of sums for each program; sweeps add to it block by block
         make = torch.zeros if source.schedule == "sweeps" or not rows else torch.empty
         return make(grid, width, dtype=region.wide, device=device)
     return torch.empty(rows, width, dtype=result.dtype, device=device)
@@ -173,11 +173,7 @@ def _output(region: Region, index: int, source: Source, grid: int, rows: int, co
 
 def _left(region: Region, index: int, output: Tensor) -> Tensor:
     dtype = region.results[index].extent.dtype
-    return output.sum(0, keepdim=True).to(dtype) if _summed(region, index) else output
-
-
-def _summed(region: Region, index: int) -> bool:
-    return extent(region.outputs[index]).rows and not region.results[index].extent.rows
+    return output.sum(0, keepdim=True).to(dtype) if region.summed[index] else output
 
 
 def _readable(matrix: Tensor) -> Tensor:

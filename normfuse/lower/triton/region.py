@@ -95,6 +95,12 @@ class Region:
         return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
 
     @property
+    def summed(self) -> list[bool]:
+        """Which results are sums over the rows."""
+        pairs = zip(self.outputs, self.results, strict=True)
+        return [extent(node).rows and not result.extent.rows for node, result in pairs]
+
+    @property
     def wide(self) -> torch.dtype:
         """What it is computed in."""
         double = any(node.meta["extent"].dtype == torch.float64 for node in self.inputs)
@@ -272,6 +278,8 @@ class _Importer:
         what = getattr(node.target, "_opname", str(node.target))
         if what == "sym_size":
             return self.size(node)
+        if what == "scalar_tensor":
+            return node.args[0]
         args = [self.arg(each) for each in node.args]
         if what in ("mean", "sum", "amax"):
             return self.reduction(what, node, args)

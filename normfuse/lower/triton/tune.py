@@ -28,15 +28,15 @@ class Config:
     warps: int
 
 
-def config(columns: int, itemsize: int, *, backward: bool) -> Config:
-    """The launch for rows of this many columns; `itemsize` is that of what is computed in, in bytes."""
+def config(columns: int, itemsize: int, *, backward: bool, wave: int = 32) -> Config:
+    """The launch for rows of this many columns; `itemsize` is that of what is computed in, `wave` the threads of a warp."""
     largest = ALIGNED[-1] * 4 // itemsize
     fitting = [block for block in (UNALIGNED if columns % 16 else ALIGNED) if columns <= block <= largest]
     if not fitting:
-        return Config("sweeps", SWEEP * 4 // itemsize, 1, 8)
+        return Config("sweeps", SWEEP * 4 // itemsize, 1, 256 // wave)
     block = fitting[0]
     rows = max(1, NUMBERS_PER_PROGRAM * 4 // itemsize // block // (2 if backward else 1))
-    return Config("tile", block, rows, min(16, max(4, rows * block // (32 * NUMBERS_PER_THREAD))))
+    return Config("tile", block, rows, min(512, max(128, rows * block // NUMBERS_PER_THREAD)) // wave)
 
 
 def programs(device: str, index: int | None) -> int:
