@@ -28,6 +28,7 @@ __all__ = [
 
 _KINDS = {"eps": "float", "cast": "str", "scale": "float", "correction": "int", "place": "str"}
 _AFFINE = ("x", "weight?", "bias?")
+_SUM = ("y", "sum")
 _ADDED = ("x", "residual", "weight?", "bias?")
 
 OPERATORS = tuple(
@@ -35,8 +36,10 @@ OPERATORS = tuple(
     for operator in (
         RowOperator("rms_norm", references.rms_norm, _AFFINE, ("eps", "cast")),
         RowOperator("layer_norm", references.layer_norm, _AFFINE, ("eps",)),
-        RowOperator("add_rms_norm", references.add_rms_norm, _ADDED, ("eps", "cast"), ("y", "sum")),
-        RowOperator("add_layer_norm", references.add_layer_norm, _ADDED, ("eps",), ("y", "sum")),
+        RowOperator("add_rms_norm", references.add_rms_norm, _ADDED, ("eps", "cast"), _SUM, carried="carried_rms_norm"),
+        RowOperator("carried_rms_norm", references.carried_rms_norm, _AFFINE, ("eps", "cast"), _SUM, inner=True),
+        RowOperator("add_layer_norm", references.add_layer_norm, _ADDED, ("eps",), _SUM, carried="carried_layer_norm"),
+        RowOperator("carried_layer_norm", references.carried_layer_norm, _AFFINE, ("eps",), _SUM, inner=True),
         RowOperator("crms_norm", references.crms_norm, options=("eps",)),
         RowOperator("l2_norm", references.l2_norm, options=("eps",)),
         RowOperator("scale_norm", references.scale_norm, ("x", "gain"), ("eps",)),
@@ -54,9 +57,7 @@ OPERATORS = tuple(
         RowOperator("sparsemax", references.sparsemax),
         RowOperator("entmax15", references.entmax15),
         RowOperator("stablemax", references.stablemax),
-        RowOperator(
-            "standardize_weight", references.standardize_weight, ("w", "gain?"), ("eps", "correction", "place")
-        ),
+        RowOperator("standardize_weight", references.standardize_weight, ("w", "gain?"), ("eps", "correction", "place")),
     )
 )
 _rows = torch.ops.normfuse_rows
@@ -195,7 +196,7 @@ def seed_norm(
 def evo_norm_s0(
     x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, *, groups: int, eps: float, kernel: str = "auto"
 ) -> Tensor:
-    """weight * x * sigmoid(v * x) / sqrt(var(group) + eps) + bias; `x` is (N, C, ...). Liu et al. 2020 (arXiv 2004.02967)."""
+    """weight * x * sigmoid(v * x) / sqrt(var(group) + eps) + bias; `x` is (N, C, ...). Liu et al. 2020 (2004.02967)."""
     rows = _grouped(x, groups)
     channels = _by_channel(x, rows, groups, weight=weight, bias=bias, v=v)
     return _rows.evo_norm_s0(rows, *channels, eps, kernel).reshape(x.shape)
@@ -232,7 +233,9 @@ def softmax_with_sink(x: Tensor, sink: Tensor | float, *, axis: int = -1, kernel
     """
     rows = _along(x, axis)
     if not isinstance(sink, Tensor):
-        sink = torch.full((), float(sink), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
+        sink = torch.full(
+            (), float(sink), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device
+        )
     if sink.dim() == x.dim() and sink.numel() != 1 and sink.shape[axis] != 1:
         raise NormfuseError(f"a sink has size 1 along axis {axis}, not {sink.shape[axis]}")
     return _back(_rows.softmax_with_sink(rows, _broadcast("sink", sink, x, axis), kernel), x, axis)

@@ -6,7 +6,6 @@ operator too, and the gradient of that goes through the reference.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +32,8 @@ class RowOperator:
     results: tuple[str, ...] = ("y",)
     online: bool = True
     derived: Callable[..., Any] | None = None  # what gradients come from, where not from the reference
+    inner: bool = False  # only its gradient is an operator
+    carried: str | None = None  # of x + residual, its second result: the inner operator that has its gradient
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -100,17 +101,19 @@ class RowOperator:
         parameters = ", ".join([*typed, *(f"{kinds[name]} {name}" for name in self.options), "str kernel"])
         results = ", ".join(f"Tensor d_{name}" for name in self.results)
         returns = "(" + ", ".join(["Tensor"] * len(self.results)) + ")"
-        _library.define(f"{self.name}({parameters}) -> {returns}")
-        _library.define(f"{self.name}_backward({results}, bool[] wanted, {parameters}) -> Tensor[]")
-        _library.impl(self.name, self.forward, "CompositeExplicitAutograd")
-        _library.impl(f"{self.name}_backward", self.backward, "CompositeExplicitAutograd")
         name = f"{NAMESPACE}::{self.name}"
-        torch.library.register_fake(name, self.fake, lib=_library)
-        torch.library.register_fake(f"{name}_backward", self.fake_backward, lib=_library)
-        torch.library.register_autograd(name, self.differentiate, setup_context=self.remember, lib=_library)
-        torch.library.register_autograd(
-            f"{name}_backward", self.differentiate_twice, setup_context=self.remember_backward, lib=_library
-        )
+        if not self.inner:
+            _library.define(f"{self.name}({parameters}) -> {returns}")
+            _library.impl(self.name, self.forward, "CompositeExplicitAutograd")
+            torch.library.register_fake(name, self.fake, lib=_library)
+            torch.library.register_autograd(name, self.differentiate, setup_context=self.remember, lib=_library)
+        if not self.carried:
+            _library.define(f"{self.name}_backward({results}, bool[] wanted, {parameters}) -> Tensor[]")
+            _library.impl(f"{self.name}_backward", self.backward, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"{name}_backward", self.fake_backward, lib=_library)
+            torch.library.register_autograd(
+                f"{name}_backward", self.differentiate_twice, setup_context=self.remember_backward, lib=_library
+            )
         return self
 
     def fake(self, *given: Any) -> Any:
@@ -122,15 +125,17 @@ class RowOperator:
         return [t.new_empty(t.shape) for t, wants in zip(given[count + 1 :], given[count], strict=False) if wants]
 
     def remember(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.save_for_backward(*inputs[: len(self.tensors)])
+        tensors = inputs[: len(self.tensors)]
+        ctx.save_for_backward(*((output[1], *tensors[2:]) if self.carried else tensors))
         ctx.rest = inputs[len(self.tensors) :]
 
     def differentiate(self, ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        tensors = ctx.saved_tensors
-        wanted = [bool(needs) for needs in ctx.needs_input_grad[: len(tensors)]]
-        backward = getattr(getattr(torch.ops, NAMESPACE), f"{self.name}_backward")
-        found = iter(backward(*grads, wanted, *tensors, *ctx.rest))
-        return (*(next(found) if wants else None for wants in wanted), *(None for _ in ctx.rest))
+        needs = [bool(each) for each in ctx.needs_input_grad[: len(self.tensors)]]
+        wanted = [needs[0] or needs[1], *needs[2:]] if self.carried else needs
+        backward = getattr(getattr(torch.ops, NAMESPACE), f"{self.carried or self.name}_backward")
+        found = iter(backward(*grads, wanted, *ctx.saved_tensors, *ctx.rest))
+        given = [next(found) if wants else None for wants in wanted]
+        return (*(given[:1] if self.carried else []), *given, *(None for _ in ctx.rest))
 
     def remember_backward(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         count = len(self.results)
@@ -141,14 +146,18 @@ class RowOperator:
         """The gradient of the gradient, through the reference."""
         count, again = len(self.results), torch.is_grad_enabled()
         with torch.enable_grad():
-            saved = [t if t is None or (again and t.requires_grad) else t.detach().requires_grad_() for t in ctx.saved_tensors]
+            saved = [
+                t if t is None or (again and t.requires_grad) else t.detach().requires_grad_() for t in ctx.saved_tensors
+            ]
             grads, tensors = saved[:count], saved[count:]
             y = self.eager(*tensors, *ctx.rest)
             asked = [t for t, wants in zip(tensors, ctx.wanted, strict=True) if wants]
             first = torch.autograd.grad(y, asked, grads, create_graph=True, allow_unused=True)
             pairs = [(g, v) for g, v in zip(first, given, strict=True) if g is not None and v is not None]
             leaves = [t for t in saved if t is not None]
-            second = torch.autograd.grad([g for g, _ in pairs], leaves, [v for _, v in pairs], create_graph=again, allow_unused=True)
+            second = torch.autograd.grad(
+                [g for g, _ in pairs], leaves, [v for _, v in pairs], create_graph=again, allow_unused=True
+            )
         found = iter(second)
         full = [None if t is None else next(found) for t in saved]
         return (*full[:count], None, *full[count:], *(None for _ in ctx.rest))
@@ -172,5 +181,3 @@ def chosen(kernel: str, x: Tensor, unsupported: Callable[[], str | None]) -> boo
     if reason and kernel == "triton":
         raise NormfuseError(reason)
     return reason is None
-
-

@@ -66,6 +66,19 @@ def add_layer_norm(
     return layer_norm(added, weight, bias, eps=eps), added
 
 
+def carried_rms_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float, cast: str
+) -> tuple[Tensor, Tensor]:
+    """The sum that is there already, which both terms have their gradient from."""
+    return rms_norm(x, weight, bias, eps=eps, cast=cast), x
+
+
+def carried_layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float
+) -> tuple[Tensor, Tensor]:
+    return layer_norm(x, weight, bias, eps=eps), x
+
+
 def crms_norm(x: Tensor, *, eps: float) -> Tensor:
     values = wide(x)
     squares = total(values.square()) + total(values).square()
@@ -87,9 +100,7 @@ def dyt(x: Tensor, alpha: Tensor, weight: Tensor | None = None, bias: Tensor | N
     return affine(torch.tanh(wide(alpha) * wide(x)), weight, bias).to(x.dtype)
 
 
-def derf(
-    x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
-) -> Tensor:
+def derf(x: Tensor, alpha: Tensor, shift: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
     return affine(torch.erf(wide(alpha) * wide(x) + wide(shift)), weight, bias).to(x.dtype)
 
 

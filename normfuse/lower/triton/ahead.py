@@ -55,7 +55,12 @@ class Facts:
 
 
 def compile_ahead(
-    kernel: RowKernel, columns: int, target: str, wanted: tuple[bool, ...] | None = None, *, config: tune.Config | None = None
+    kernel: RowKernel,
+    columns: int,
+    target: str,
+    wanted: tuple[bool, ...] | None = None,
+    *,
+    config: tune.Config | None = None,
 ) -> Facts:
     """Forward, or with `wanted` backward, for rows of this many columns on `"sm_90"`, `"gfx942"` and so on.
 

@@ -60,7 +60,7 @@ class _Adjoints:
 
     def sweep(self) -> None:
         for node in reversed(self.forward):
-            if node.op != "placeholder" and node in self.terms:
+            if node.op != "placeholder" and self.terms.get(node):
                 if kind(node) not in _DERIVATIVES:
                     raise LoweringError(f"{kind(node)} has no derivative in a row kernel; use kernel='reference'")
                 for argument, term in _DERIVATIVES[kind(node)](self, node, self.total(node)):
@@ -68,7 +68,7 @@ class _Adjoints:
                         self.terms.setdefault(argument, []).extend(self.fitted(term, node, argument))
 
     def of_input(self, node: fx.Node, name: str) -> fx.Node:
-        if node not in self.terms or (extent(node).columns and not extent(self.total(node)).columns):
+        if not self.terms.get(node) or (extent(node).columns and not extent(self.total(node)).columns):
             raise LoweringError(f"{name} has no gradient for {node.name} in a row kernel; use kernel='reference'")
         return self.total(node)
 

@@ -125,7 +125,15 @@ def launch(
         kernel = compiled(source.name, source.text, interpreted())
         with _hardware_rounding() if device.type == "cpu" else torch.cuda.device(device):
             kernel[(grid,)](
-                *given, *outputs, *strides, rows, columns, BLOCK=chosen.block, num_warps=chosen.warps, enable_fp_fusion=True, **constants
+                *given,
+                *outputs,
+                *strides,
+                rows,
+                columns,
+                BLOCK=chosen.block,
+                num_warps=chosen.warps,
+                enable_fp_fusion=True,
+                **constants,
             )
     return tuple(_left(region, i, output) for i, output in enumerate(outputs))
 
