@@ -50,9 +50,8 @@ class RowOperator:
         else:
             matrices = {each.argument.name: each.matrix for each in operands}
             found = self.reference(**matrices, **dict(options))
-        found = found if isinstance(found, tuple) else (found,)
-        shaped = tuple(y.reshape(x.shape) for y in found)
-        return shaped if len(shaped) > 1 else shaped[0]
+        shaped = [y.reshape(x.shape) for y in (found if isinstance(found, tuple) else [found])]
+        return tuple(shaped) if len(shaped) > 1 else shaped[0]
 
     def backward(self, *given: Any) -> list[Tensor]:
         """The gradients that are wanted, of the tensors that are there."""
@@ -117,8 +116,8 @@ class RowOperator:
         return self
 
     def fake(self, *given: Any) -> Any:
-        found = tuple(given[0].new_empty(given[0].shape) for _ in self.results)
-        return found if len(found) > 1 else found[0]
+        found: list[Tensor] = [given[0].new_empty(given[0].shape) for _ in self.results]
+        return tuple(found) if len(found) > 1 else found[0]
 
     def fake_backward(self, *given: Any) -> list[Tensor]:
         count = len(self.results)
@@ -151,8 +150,8 @@ class RowOperator:
             ]
             grads, tensors = saved[:count], saved[count:]
             y = self.eager(*tensors, *ctx.rest)
-            asked = [t for t, wants in zip(tensors, ctx.wanted, strict=True) if wants]
-            first = torch.autograd.grad(y, asked, grads, create_graph=True, allow_unused=True)
+            asked: Any = [t for t, wants in zip(tensors, ctx.wanted, strict=True) if wants]
+            first: Any = torch.autograd.grad(y, asked, grads, create_graph=True, allow_unused=True)
             pairs = [(g, v) for g, v in zip(first, given, strict=True) if g is not None and v is not None]
             leaves = [t for t in saved if t is not None]
             second = torch.autograd.grad(

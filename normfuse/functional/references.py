@@ -30,6 +30,12 @@ def total(x: Tensor) -> Tensor:
     return x.sum(-1, keepdim=True)
 
 
+def centred(x: Tensor) -> Tensor:
+    """x less its mean. The mean of what is left is the rounding of the first, which far from zero is all the error."""
+    near = x - mean(x)
+    return near - mean(near)
+
+
 def largest(x: Tensor) -> Tensor:
     """The stabiliser of an exponential: results do not depend on it, so no gradient goes through it."""
     return x.amax(-1, keepdim=True).detach()
@@ -48,8 +54,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float) -> Tensor:
     values = wide(x)
-    centred = values - mean(values)
-    return affine(centred * torch.rsqrt(mean(centred.square()) + eps), weight, bias).to(x.dtype)
+    apart = centred(values)
+    return affine(apart * torch.rsqrt(mean(apart.square()) + eps), weight, bias).to(x.dtype)
 
 
 def add_rms_norm(
@@ -124,9 +130,9 @@ def seed_norm_gated(x: Tensor, weight: Tensor, alpha: Tensor, gate: Tensor, *, e
 
 def evo_norm_s0(x: Tensor, weight: Tensor, bias: Tensor, v: Tensor, *, eps: float) -> Tensor:
     values = wide(x)
-    centred = values - mean(values)
+    apart = centred(values)
     swish = values * torch.sigmoid(wide(v) * values)
-    return (swish * torch.rsqrt(mean(centred.square()) + eps) * weight + bias).to(x.dtype)
+    return (swish * torch.rsqrt(mean(apart.square()) + eps) * weight + bias).to(x.dtype)
 
 
 def softmax(x: Tensor) -> Tensor:
@@ -182,7 +188,7 @@ def stablemax(x: Tensor) -> Tensor:
 
 def standardize_weight(w: Tensor, gain: Tensor | None = None, *, eps: float, correction: int, place: str) -> Tensor:
     values = wide(w)
-    centred = values - mean(values)
-    variance = total(centred.square()) / (w.shape[-1] - correction)
-    y = centred * torch.rsqrt(variance + eps) if place == "inside" else centred / (torch.sqrt(variance) + eps)
+    apart = centred(values)
+    variance = total(apart.square()) / (w.shape[-1] - correction)
+    y = apart * torch.rsqrt(variance + eps) if place == "inside" else apart / (torch.sqrt(variance) + eps)
     return (y if gain is None else y * gain).to(w.dtype)

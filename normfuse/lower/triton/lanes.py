@@ -108,6 +108,9 @@ class SweepWriter:
             to.write(f"counts = tl.cdiv(tl.maximum(columns - lane, 0), BLOCK).to({to.wide})")
             self.finish(pair.first, f"tl.sum({means} * counts, axis=1, keep_dims=True)")
             to.write(f"apart = {means} - {to.known[pair.first]} / columns")
+            if pair.rest is not None:
+                self.finish(pair.rest, "tl.sum(apart * counts, axis=1, keep_dims=True)")
+                to.write(f"apart -= {to.known[pair.rest]} / columns")
             self.finish(pair.squares, f"tl.sum({squares} + counts * apart * apart, axis=1, keep_dims=True)")
 
         self.after.append(finish)

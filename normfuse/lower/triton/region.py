@@ -298,7 +298,7 @@ class _Importer:
         return self.known[given] if isinstance(given, fx.Node) else given
 
     def size(self, node: fx.Node) -> Size:
-        source = self.known[node.args[0]]
+        source: fx.Node = self.arg(node.args[0])
         if int(node.args[1]) % 2 != 1 or not extent(source).columns:  # type: ignore[arg-type]
             self.refuse("the number of rows must not matter")
         return COLUMNS

@@ -24,10 +24,14 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Spread:
-    """sum((v - mean(v))**2), by Welford's update in each lane and one merge of the lanes (Chan et al. 1983)."""
+    """sum((v - mean(v))**2), by Welford's update in each lane and one merge of the lanes (Chan et al. 1983).
+
+    Also where the mean of v - mean(v), which is its rounding, is taken off again: `rest` is the sum of that.
+    """
 
     first: fx.Node
     squares: fx.Node
+    rest: fx.Node | None = None
 
 
 @dataclass
@@ -46,15 +50,16 @@ class Plan:
         self.region, self.online = region, online
         self.levels: dict[fx.Node, int] = {}
         self.pairs: dict[fx.Node, Scaled | Spread] = {}
-        for node in region.graph.nodes:
-            if node.op != "output":
-                self.levels[node] = self._level(node)
+        self.early: dict[fx.Node, fx.Node] = {}  # what a pair gives besides its own, with the first of these
+        for _ in range(2):  # once to find the pairs, and again because they bring reductions forward
+            for node in region.graph.nodes:
+                if node.op != "output":
+                    self.levels[node] = self._level(node)
 
     @cached_property
     def sweeps(self) -> list[Sweep]:
         reductions = [node for node in self.levels if kind(node) in REDUCTIONS]
         sweeps = [Sweep() for _ in range(max((self.levels[node] for node in reductions), default=0))]
-        used = {pair.first if isinstance(pair, Spread) else pair.largest for pair in self.pairs.values()}
         for node in reductions:
             sweep = sweeps[self.levels[node] - 1]
             match self.pairs.get(node):
@@ -63,16 +68,20 @@ class Plan:
                 case Spread() as pair:
                     sweep.spread.append(pair)
                 case None:
-                    sweep.plain += [node] * (node not in used)
+                    sweep.plain += [node] * (node not in self.early)
         return sweeps
 
     def _level(self, node: fx.Node) -> int:
         below = max((self.levels[each] for each in node.all_input_nodes), default=0)
         if kind(node) not in REDUCTIONS:
             return below
+        if node in self.early and self.early[node] is not node:
+            return self.levels[self.early[node]]
         for pair in self._candidates(node) if self.online else ():
+            first, *others = _brought(pair)
             self.pairs[node] = pair
-            return self.levels[pair.first if isinstance(pair, Spread) else pair.largest]
+            self.early |= dict.fromkeys((first, *others), first)
+            return self.levels[first]
         return below + 1
 
     def _candidates(self, node: fx.Node) -> Iterator[Scaled | Spread]:
@@ -81,7 +90,8 @@ class Plan:
         summed: Any = bare(node.args[0])
         first = centre(summed)
         if first is not None:
-            yield Spread(first, node)
+            before = centred_on(bare(first.args[0]))
+            yield Spread(first, node) if before is None else Spread(before, node, first)
         for exponential, factor in self._factors(summed):
             largest = stabiliser(exponential)
             if largest is not None and (factor is None or self.levels[factor] < self.levels[largest]):
@@ -95,6 +105,13 @@ class Plan:
             for this, other in ((a, b), (b, a)):
                 if isinstance(this, fx.Node) and isinstance(other, fx.Node) and kind(this) in ("exp", "exp2"):
                     yield this, other
+
+
+def _brought(pair: Scaled | Spread) -> list[fx.Node]:
+    """The reductions that a pair gives besides its own, the earliest first."""
+    if isinstance(pair, Scaled):
+        return [pair.largest]
+    return [pair.first] if pair.rest is None else [pair.first, pair.rest]
 
 
 def stabiliser(exponential: fx.Node) -> fx.Node | None:
