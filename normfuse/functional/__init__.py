@@ -12,6 +12,7 @@ Raises, all of them:
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,13 +22,14 @@ from normfuse.functional import references
 from normfuse.functional.operators import RowOperator
 
 __all__ = [
-    "add_layer_norm", "add_rms_norm", "crms_norm", "derf", "dyisru", "dyt", "entmax15", "evo_norm_s0", "group_norm",
-    "instance_norm", "l2_norm", "layer_norm", "log_softmax", "rms_norm", "scale_norm", "seed_norm", "softmax",
-    "softmax_with_sink", "sparsemax", "stablemax", "standardize_weight",
+    "OPERATORS", "add_layer_norm", "add_rms_norm", "crms_norm", "derf", "dyisru", "dyt", "entmax15", "evo_norm_s0",
+    "group_norm", "instance_norm", "kernel_source", "l2_norm", "layer_norm", "log_softmax", "rms_norm", "scale_norm",
+    "seed_norm", "softmax", "softmax_with_sink", "sparsemax", "stablemax", "standardize_weight",
 ]  # fmt: skip
 
 _KINDS = {"eps": "float", "cast": "str", "scale": "float", "correction": "int", "place": "str"}
 _AFFINE = ("x", "weight?", "bias?")
+_EVO = ("x", "weight", "bias", "v")
 _SUM = ("y", "sum")
 _ADDED = ("x", "residual", "weight?", "bias?")
 
@@ -42,18 +44,18 @@ OPERATORS = tuple(
         RowOperator("carried_layer_norm", references.carried_layer_norm, _AFFINE, ("eps",), _SUM, inner=True),
         RowOperator("crms_norm", references.crms_norm, options=("eps",)),
         RowOperator("l2_norm", references.l2_norm, options=("eps",)),
-        RowOperator("scale_norm", references.scale_norm, ("x", "gain"), ("eps",)),
-        RowOperator("dyt", references.dyt, ("x", "alpha", "weight?", "bias?")),
-        RowOperator("derf", references.derf, ("x", "alpha", "shift", "weight?", "bias?")),
-        RowOperator("dyisru", references.dyisru, ("x", "beta", "weight?", "bias?"), ("scale",)),
+        RowOperator("scale_norm", references.scale_norm, ("x", "gain"), ("eps",), numbers=("gain",)),
+        RowOperator("dyt", references.dyt, ("x", "alpha", "weight?", "bias?"), numbers=("alpha",)),
+        RowOperator("derf", references.derf, ("x", "alpha", "shift", "weight?", "bias?"), numbers=("alpha", "shift")),
+        RowOperator("dyisru", references.dyisru, ("x", "beta", "weight?", "bias?"), ("scale",), numbers=("beta",)),
         RowOperator("seed_norm", references.seed_norm, ("x", "weight", "alpha", "beta"), ("eps",)),
         RowOperator("seed_norm_gated", references.seed_norm_gated, ("x", "weight", "alpha", "gate"), ("eps",)),
-        RowOperator("evo_norm_s0", references.evo_norm_s0, ("x", "weight", "bias", "v"), ("eps",)),
+        RowOperator("evo_norm_s0", references.evo_norm_s0, _EVO, ("eps",), matrices=_EVO),
         RowOperator("softmax", references.softmax),
         RowOperator("softmax_three_pass", references.softmax, online=False),
         RowOperator("softmax_two_pass", references.softmax_two_pass, derived=references.softmax),
         RowOperator("log_softmax", references.log_softmax),
-        RowOperator("softmax_with_sink", references.softmax_with_sink, ("x", "sink")),
+        RowOperator("softmax_with_sink", references.softmax_with_sink, ("x", "sink"), numbers=("sink",)),
         RowOperator("sparsemax", references.sparsemax),
         RowOperator("entmax15", references.entmax15),
         RowOperator("stablemax", references.stablemax),
@@ -272,6 +274,28 @@ def standardize_weight(
         raise NormfuseError(f"gain has {gain.numel()} entries, not one for each of {w.shape[0]} output channels")
     factor = None if gain is None else gain.reshape(-1, 1)
     return _rows.standardize_weight(w.flatten(1), factor, eps, correction, place, kernel).reshape(w.shape)
+
+
+def kernel_source(
+    name: str, columns: int, dtype: torch.dtype = torch.bfloat16, *, backward: bool = False, **options: object
+) -> str:
+    """The Triton kernel of an operator for rows of this width, as a Python file that needs torch and triton alone.
+
+    `name` is one of `[each.name for each in OPERATORS]`; `options` are the operator's own, such as `eps`.
+
+    Raises:
+        NormfuseError: no such operator, a missing option, or rows that have no kernel.
+    """
+    from normfuse.lower.triton.standalone import standalone
+
+    found = {operator.name: operator for operator in OPERATORS}
+    if name not in found:
+        raise NormfuseError(f"no row operator {name!r}: one of {', '.join(sorted(found))}")
+    operator = found[name]
+    kernel = operator.usual(dtype, dict(options))
+    if backward and operator.derived:
+        kernel = replace(operator, reference=operator.derived, derived=None).usual(dtype, dict(options))
+    return standalone(kernel, columns, backward=backward)
 
 
 # --- tensors as rows along the last axis

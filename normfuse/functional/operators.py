@@ -16,6 +16,7 @@ from torch import Tensor
 from normfuse.errors import LoweringError, NormfuseError
 from normfuse.functional.matrices import Operand
 from normfuse.lower.triton.launch import RowKernel, row_kernel, unavailable
+from normfuse.lower.triton.region import Argument, per_column, rows, scalar
 
 NAMESPACE = "normfuse_rows"
 _library = torch.library.Library(NAMESPACE, "DEF")
@@ -33,6 +34,8 @@ class RowOperator:
     online: bool = True
     derived: Callable[..., Any] | None = None  # what gradients come from, where not from the reference
     inner: bool = False  # only its gradient is an operator
+    numbers: tuple[str, ...] = ()  # which tensors are one number as a rule
+    matrices: tuple[str, ...] = ("x", "w", "residual", "gate")  # and which are as large as x; the others are per column
     carried: str | None = None  # of x + residual, its second result: the inner operator that has its gradient
 
     @property
@@ -81,6 +84,20 @@ class RowOperator:
     ) -> RowKernel:
         arguments = tuple(each.argument for each in operands)
         return row_kernel(self.name, other or self.reference, arguments, self.results, options, self.online)
+
+    def usual(self, dtype: torch.dtype, options: dict[str, Any]) -> RowKernel:
+        """The kernel for the usual extents of its tensors, all of one dtype: what is shown, compiled and measured."""
+
+        def argument(name: str) -> Argument:
+            make = scalar if name in self.numbers else rows if name in self.matrices else per_column
+            return make(name, dtype)
+
+        missing = [name for name in self.options if name not in options]
+        if missing:
+            raise NormfuseError(f"{self.name} needs {', '.join(missing)}")
+        chosen = tuple((name, options[name]) for name in self.options)
+        arguments = tuple(argument(name) for name in self.names)
+        return row_kernel(self.name, self.reference, arguments, self.results, chosen, self.online)
 
     def operands(self, tensors: Sequence[Tensor | None]) -> tuple[list[Operand], Tensor]:
         x = tensors[0]

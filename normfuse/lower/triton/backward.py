@@ -197,7 +197,7 @@ def _threshold(to: _Adjoints, node: fx.Node, g: fx.Node) -> Terms:
 
 
 def _sigmoid(to: _Adjoints, node: fx.Node, a: Any) -> fx.Node:
-    return to.step("mul", node, to.step("add", to.step("neg", node), 1.0))
+    return to.step("mul", node, to.step("sub", 1.0, node))
 
 
 def _bell(to: _Adjoints, a: Any) -> fx.Node:
@@ -237,7 +237,7 @@ _DERIVATIVES: dict[str, Rule] = {
     "sqrt": lambda to, node, g: [(node.args[0], to.step("div", to.step("mul", g, 0.5), node))],
     "rsqrt": _times(_cubed),
     "reciprocal": _times(lambda to, node, a: to.step("neg", to.step("mul", node, node))),
-    "tanh": _times(lambda to, node, a: to.step("add", to.step("neg", to.step("mul", node, node)), 1.0)),
+    "tanh": _times(lambda to, node, a: to.step("sub", 1.0, to.step("mul", node, node))),
     "erf": _times(lambda to, node, a: _bell(to, a)),
     "sigmoid": _times(_sigmoid),
     "abs": _times(_sign),

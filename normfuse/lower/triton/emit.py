@@ -84,6 +84,7 @@ class _Emitter(Writer):
         self.head("tl.program_id(0) * ROWS", "ROWS")
         self.write("row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)")
         self.write("inside = (row < rows) & (col < columns)")
+        self.comment("the rows, held in registers from here on; beyond their ends loads give zero")
         self.section(dict(enumerate(self.region.outputs)))
         self.foot()
 

@@ -120,7 +120,7 @@ def extent(node: fx.Node) -> Extent:
 
 
 def kind(node: fx.Node) -> str:
-    """The step's name in lower case, `""` for a placeholder: `"add"`, `"sum"`."""
+    """The step's name, `""` for a placeholder: `"add"`, `"sum"`."""
     return "" if node.op == "placeholder" else str(node.meta["kind"])
 
 
@@ -208,7 +208,7 @@ def centred_on(difference: Any) -> fx.Node | None:
     if kind(difference) != "sub" or not isinstance(difference.args[1], fx.Node):
         return None
     v, mean = (bare(each) for each in difference.args)
-    if kind(mean) != "div" or mean.args[1] != COLUMNS or extent(mean).dtype != extent(v).dtype:
+    if not isinstance(v, fx.Node) or kind(mean) != "div" or mean.args[1] != COLUMNS or extent(mean).dtype != extent(v).dtype:
         return None
     first = mean.args[0]
     return first if kind(first) == "sum" and bare(first.args[0]) is v else None
@@ -284,7 +284,7 @@ class _Importer:
         if what in ("mean", "sum", "amax"):
             return self.reduction(what, node, args)
         if what == "rsub":
-            return self.emit(node, "add", self.emit(node, "neg", args[0]), args[1])
+            return self.emit(node, "sub", args[1], args[0])
         if what == "square":
             return self.emit(node, "mul", args[0], args[0])
         if what == "pow" and args[1] == 2:
@@ -333,6 +333,7 @@ def _amax(x: Tensor) -> Tensor:
 
 _STEPS: dict[str, Callable[..., Any]] = {
     **{name: getattr(torch, name) for name in POINTWISE if hasattr(torch, name)},
+    "sub": operator.sub,
     "cast": Tensor.to,
     "clamp_min": torch.clamp_min,
     "sum": _sum,
