@@ -28,6 +28,7 @@ __all__ = [
 ]  # fmt: skip
 
 _KINDS = {"eps": "float", "cast": "str", "scale": "float", "correction": "int", "place": "str"}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _AFFINE = ("x", "weight?", "bias?")
 _EVO = ("x", "weight", "bias", "v")
 _SUM = ("y", "sum")
@@ -302,8 +303,9 @@ def kernel_source(
 
 
 def _checked(x: Tensor) -> None:
-    if not x.dtype.is_floating_point:
-        raise NormfuseError(f"rows are floating point numbers, not {str(x.dtype).removeprefix('torch.')}")
+    if x.dtype not in _DTYPES:
+        name = str(x.dtype).removeprefix("torch.")
+        raise NormfuseError(f"rows are floating point numbers of 16 to 64 bits, not {name}: convert them first")
 
 
 def _along(x: Tensor, axis: int) -> Tensor:

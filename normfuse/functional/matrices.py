@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from normfuse.lower.triton.region import Argument, per_column, per_row, rows, scalar
@@ -20,23 +21,22 @@ class Operand:
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, x: Tensor) -> Operand:
-        columns = x.shape[-1]
-        count = math.prod(x.shape[:-1])
+        columns, count = x.shape[-1], math.prod(x.shape[:-1])
+        given = tensor.float() if tensor.dtype == torch.float64 != x.dtype else tensor  # never wider than the statistics
         if tensor.shape == x.shape:
-            return cls(tensor, rows(name, tensor.dtype), tensor.reshape(count, columns))
+            return cls(tensor, rows(name, given.dtype), given.reshape(count, columns))
         if tensor.numel() == 1:
-            return cls(tensor, scalar(name, tensor.dtype), tensor.reshape(1, 1))
+            return cls(tensor, scalar(name, given.dtype), given.reshape(1, 1))
         if tensor.numel() == tensor.shape[-1]:
-            return cls(tensor, per_column(name, tensor.dtype), tensor.reshape(1, columns))
+            return cls(tensor, per_column(name, given.dtype), given.reshape(1, columns))
         if tensor.shape[-1] == 1:
-            repeated = tensor.expand(*x.shape[:-1], 1)
-            return cls(tensor, per_row(name, tensor.dtype), repeated.reshape(count, 1))
-        return cls(tensor, rows(name, tensor.dtype), tensor.expand(x.shape).reshape(count, columns))
+            return cls(tensor, per_row(name, given.dtype), given.expand(*x.shape[:-1], 1).reshape(count, 1))
+        return cls(tensor, rows(name, given.dtype), given.expand(x.shape).reshape(count, columns))
 
     def gradient(self, matrix: Tensor, x: Tensor) -> Tensor:
         """The tensor's gradient from the matrix's: what was repeated is summed."""
         given = self.argument.extent
         if not given.rows:
-            return matrix.reshape(self.tensor.shape)
+            return matrix.reshape(self.tensor.shape).to(self.tensor.dtype)
         full = matrix.reshape(*x.shape[:-1], matrix.shape[-1])
         return full.sum_to_size(self.tensor.shape).to(self.tensor.dtype)

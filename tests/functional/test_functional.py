@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -62,6 +63,11 @@ def test_gradients_have_the_dtype_of_their_leaf() -> None:
     nf.rms_norm(x, weight, eps=EPS).sum().backward()
     assert x.grad is not None and x.grad.dtype == torch.bfloat16
     assert weight.grad is not None and weight.grad.dtype == torch.float32
+    double = weight.detach().double().requires_grad_()
+    y = nf.rms_norm(x, double, eps=EPS)
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16 and double.grad is not None and double.grad.dtype == torch.float64
+    torch.testing.assert_close(double.grad.float(), weight.grad)
 
 
 @pytest.mark.parametrize("axis", (0, 1, -2))
@@ -125,6 +131,7 @@ def test_zero_rows_have_finite_gradients() -> None:
 
 BAD: dict[str, tuple[Any, str]] = {
     "an integer": (lambda x: nf.softmax(x.int()), "floating point"),
+    "eight bits": (lambda x: nf.softmax(x.to(torch.float8_e5m2)), "float8_e5m2"),
     "an axis": (lambda x: nf.softmax(x, axis=2), "axis 2"),
     "a short gain": (lambda x: nf.rms_norm(x, torch.ones(3), eps=EPS), "one entry for each channel"),
     "a gain of one": (lambda x: nf.layer_norm(x, torch.ones(1), eps=EPS), "one entry for each channel"),
@@ -159,6 +166,7 @@ def test_a_triton_kernel_on_the_cpu_needs_the_interpreter(monkeypatch: pytest.Mo
 
 def test_without_triton_its_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("normfuse.lower.triton.launch.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     with pytest.raises(normfuse.NormfuseError, match="triton is not installed"):
         nf.softmax(torch.randn(2, 3), kernel="triton")
     assert nf.softmax(torch.randn(2, 3)).shape == (2, 3)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import linecache
 import os
+import sys
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -102,7 +103,7 @@ def interpreted() -> bool:
 
 def unavailable(device: torch.device) -> str | None:
     """Why no kernel can run on a device, or None."""
-    if find_spec("triton") is None:
+    if "triton" not in sys.modules and find_spec("triton") is None:
         return "triton is not installed: pip install triton, or kernel='reference'"
     if device.type == "cpu" and not interpreted():
         return "kernel='triton' needs a GPU tensor, or TRITON_INTERPRET=1 to interpret it on the CPU"

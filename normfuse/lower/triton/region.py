@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -86,21 +87,21 @@ class Region:
     graph: fx.Graph
     results: tuple[Argument, ...]
 
-    @property
+    @cached_property
     def inputs(self) -> list[fx.Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 
-    @property
+    @cached_property
     def outputs(self) -> list[fx.Node]:
         return list(self.graph.output_node().args[0])  # type: ignore[arg-type]
 
-    @property
+    @cached_property
     def summed(self) -> list[bool]:
         """Which results are sums over the rows."""
         pairs = zip(self.outputs, self.results, strict=True)
         return [extent(node).rows and not result.extent.rows for node, result in pairs]
 
-    @property
+    @cached_property
     def wide(self) -> torch.dtype:
         """What it is computed in."""
         double = any(node.meta["extent"].dtype == torch.float64 for node in self.inputs)

@@ -14,6 +14,7 @@ def add_rms_norm_tile(
     first = tl.program_id(0) * ROWS
     row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     inside = (row < rows) & (col < columns)
+    # the rows, held in registers from here on; beyond their ends loads give zero
     x = tl.load(x_ptr + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
     residual = tl.load(residual_ptr + row * residual_stride + col, mask=inside, other=0.0).to(tl.float32)
     rounded = (x + residual).to(tl.bfloat16).to(tl.float32)

@@ -16,6 +16,7 @@ def carried_rms_norm_backward_tile(
     for first in range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
         row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         inside = (row < rows) & (col < columns)
+        # the rows, held in registers from here on; beyond their ends loads give zero
         x = tl.load(x_ptr + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
         d_y = tl.load(d_y_ptr + row * d_y_stride + col, mask=inside, other=0.0).to(tl.float32)
         d_sum = tl.load(d_sum_ptr + row * d_sum_stride + col, mask=inside, other=0.0).to(tl.float32)

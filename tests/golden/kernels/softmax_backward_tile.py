@@ -11,6 +11,7 @@ def softmax_backward_tile(
     first = tl.program_id(0) * ROWS
     row = (first + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     inside = (row < rows) & (col < columns)
+    # the rows, held in registers from here on; beyond their ends loads give zero
     x = tl.load(x_ptr + row * x_stride + col, mask=inside, other=0.0).to(tl.float32)
     d_y = tl.load(d_y_ptr + row * d_y_stride + col, mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.where(inside, x, float("-inf")), axis=1, keep_dims=True)
