@@ -219,20 +219,16 @@ def threshold(z: Tensor, power: float) -> Tensor:
     """t with sum(max(z - t, 0)**power) = 1 along the last axis, for power 1 or 2; the largest z of a row is 0.
 
     The projections of sparsemax and entmax-1.5 without a sort: the sum falls as t grows and 1 lies in [-1, 0], so it is
-    halved until the support is known, where t is the root of a polynomial of that degree.
+    halved down to one rounding, and a step of Newton's does the rest.
     """
     low, high = torch.full_like(z[..., :1], -1.0), torch.zeros_like(z[..., :1])
     for _ in range(halvings(z.dtype)):
         middle = 0.5 * (low + high)
         enough = (z - middle).clamp_min(0.0).pow(power).sum(-1, keepdim=True) >= 1.0
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    inside = z > low
-    count, kept = inside.sum(-1, keepdim=True).to(z.dtype), torch.where(inside, z, 0.0)
-    mean = kept.sum(-1, keepdim=True) / count
-    if power == 1:
-        return mean - 1.0 / count
-    spread = torch.where(inside, z - mean, 0.0).square().sum(-1, keepdim=True)
-    return mean - ((1.0 - spread).clamp_min(0.0) / count).sqrt()
+    over = (z - low).clamp_min(0.0)
+    slope = (over > 0).sum(-1, keepdim=True).to(z.dtype) if power == 1 else 2.0 * over.sum(-1, keepdim=True)
+    return low + (over.pow(power).sum(-1, keepdim=True) - 1.0) / slope
 
 
 def halvings(dtype: torch.dtype) -> int:

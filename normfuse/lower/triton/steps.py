@@ -42,16 +42,15 @@ def tanh(x):
     below = ((square + 1.12811678491632931402e2) * square + 2.23548839060100448583e3) * square + 4.84406305325125486048e3
     near = x + x * square * (above / below)
     e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
+    far = 1.0 - 2.0 * e / (1.0 + e)
     return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
 '''
 
 _THRESHOLD = '''
 @triton.jit
 def threshold(z, POWER: tl.constexpr, HALVINGS: tl.constexpr):
-    """t with sum(max(z - t, 0) ** POWER) = 1: halve [-1, 0] until the support is known, then solve on it."""
-    low = tl.min(z, axis=1, keep_dims=True) * 0.0 - 1.0
-    low = tl.where(low == -1.0, low, -1.0)
+    """t with sum(max(z - t, 0) ** POWER) = 1: halve [-1, 0] down to a rounding, then one step of Newton's."""
+    low = tl.max(z, axis=1, keep_dims=True) * 0.0 - 1.0
     high = low + 1.0
     for _ in range(HALVINGS):
         middle = 0.5 * (low + high)
@@ -59,14 +58,12 @@ def threshold(z, POWER: tl.constexpr, HALVINGS: tl.constexpr):
         powered = over if POWER == 1 else over * over
         enough = tl.sum(powered, axis=1, keep_dims=True) >= 1.0
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
-    outside = z <= low
-    count = tl.sum(tl.where(outside, 0.0, 1.0), axis=1, keep_dims=True)
-    mean = tl.sum(tl.where(outside, 0.0, z), axis=1, keep_dims=True) / count
+    over = tl.maximum(z - low, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if POWER == 1:
-        return mean - 1.0 / count
-    apart = tl.where(outside, 0.0, z - mean)
-    spread = tl.sum(apart * apart, axis=1, keep_dims=True)
-    return mean - tl.sqrt(tl.maximum(1.0 - spread, 0.0) / count)
+        slope = tl.sum(tl.where(over > 0.0, 1.0, 0.0), axis=1, keep_dims=True)
+        return low + (tl.sum(over, axis=1, keep_dims=True) - 1.0) / slope
+    slope = 2.0 * tl.sum(over, axis=1, keep_dims=True)
+    return low + (tl.sum(over * over, axis=1, keep_dims=True) - 1.0) / slope
 '''
 
 
