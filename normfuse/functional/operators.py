@@ -49,7 +49,7 @@ class RowOperator:
         tensors, options, kernel = self.split(given)
         operands, x = self.operands(tensors)
         if chosen(kernel, x, lambda: self.kernel(operands, options).supports(x.shape[-1])):
-            found = self.kernel(operands, options).forward(*(each.matrix for each in operands))
+            found: Any = self.kernel(operands, options).forward(*(each.matrix for each in operands))
         else:
             matrices = {each.argument.name: each.matrix for each in operands}
             found = self.reference(**matrices, **dict(options))

@@ -8,6 +8,7 @@ bytes at once and get a class per power of two; others, which load number by num
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 ALIGNED = (128, 256, 512, 1024, 2048, 4096, 8192)
 UNALIGNED = (256, 2048, 8192)
@@ -28,6 +29,7 @@ class Config:
     warps: int
 
 
+@lru_cache(maxsize=4096)
 def config(columns: int, itemsize: int, *, backward: bool, wave: int = 32) -> Config:
     """The launch for rows of this many columns; `itemsize` is that of what is computed in, `wave` the threads of a warp."""
     largest = ALIGNED[-1] * 4 // itemsize

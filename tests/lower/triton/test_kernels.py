@@ -44,7 +44,7 @@ def outcome(case: Case, kernel: str, tensors: list[Tensor]) -> list[Tensor]:
 
 def compare(case: Case, count: int, n: int, dtype: torch.dtype) -> None:
     """At most 1.5 times the error of the reference in the same dtype, or of a rounding: half a one for a result, one for a
-    gradient, and four of the terms, of size one, for the few sums over everything."""
+    gradient, and four of the terms for the few sums over everything."""
     tensors = case.tensors(count, n, dtype)
     exact = outcome(case, "exact", [t.double() for t in tensors])
     careful, found = outcome(case, "reference", tensors), outcome(case, "triton", tensors)
@@ -52,7 +52,8 @@ def compare(case: Case, count: int, n: int, dtype: torch.dtype) -> None:
         assert a.dtype == b.dtype and a.shape == b.shape
         roundings = 0.5 if position < len(found) - len(tensors) else 1.0
         if c.numel() <= 8:
-            roundings = 4 * max(1.0, tensors[0].numel() ** 0.5 / float(c.norm()))
+            terms = float(exact[0].abs().max()) * tensors[0].numel() ** 0.5
+            roundings = 4 * max(1.0, terms / float(c.norm()))
         roundings *= 4 if dtype == F64 else 1  # what it is held to is rounded as coarsely
         limit = 1.5 * max(error(b, c), roundings * torch.finfo(dtype).eps)
         assert error(a, c) <= limit, f"result {position} of {case.name}: {error(a, c):.2e} over {limit:.2e}"
