@@ -22,7 +22,6 @@ class Case:
     plain: Callable[..., Any]
     extra: Callable[[int], list[tuple[int, ...]]] = lambda n: []
     shape: Callable[[int, int], tuple[int, ...]] = lambda rows, n: (rows, n)
-    long: bool = True
 
     def tensors(self, rows: int, n: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
         draw = torch.Generator().manual_seed(seed)
@@ -146,8 +145,8 @@ CASES = (
         "softmax_with_sink", _named(nf.softmax_with_sink),
         lambda x, s: F.softmax(torch.cat([x, s.expand(x.shape[0], 1)], -1), -1)[:, :-1], lambda n: [(1, 1)],
     ),
-    Case("sparsemax", _named(nf.sparsemax), lambda x: _project(x, 1), long=False),
-    Case("entmax15", _named(nf.entmax15), lambda x: _project(x, 2), long=False),
+    Case("sparsemax", _named(nf.sparsemax), lambda x: _project(x, 1)),
+    Case("entmax15", _named(nf.entmax15), lambda x: _project(x, 2)),
     Case("stablemax", _named(nf.stablemax), _stable),
     Case(
         "standardize_weight",

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from normfuse.lower.triton.lanes import SweepWriter
-from normfuse.lower.triton.region import Argument, Region, extent
+from normfuse.lower.triton.region import Argument, Region, extent, halvings, kind
 from normfuse.lower.triton.steps import HELPERS, Printer, Writer, bracketed, closure
 from normfuse.lower.triton.sweeps import Plan
 
@@ -77,7 +77,8 @@ class _Emitter(Writer):
     def about(self) -> str:
         if self.schedule == "tile":
             return "ROWS rows at once, each in one block."
-        reads = len(self.plan.sweeps)
+        thresholds = sum(kind(node) == "threshold" for sweep in self.plan.sweeps for node in sweep.plain)
+        reads = len(self.plan.sweeps) + thresholds * halvings(self.region.wide)
         return f"one row at once, read {reads} time{'s' * (reads != 1)} for its statistics and once to write."
 
     def tile(self) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from normfuse.errors import LoweringError
-from normfuse.lower.triton.region import kind
+from normfuse.lower.triton.region import halvings, kind
 from normfuse.lower.triton.steps import Printer, Writer, bracketed, closure
 from normfuse.lower.triton.sweeps import Scaled, Spread, Sweep
 
@@ -21,14 +20,21 @@ class SweepWriter:
         self.after: list[Callable[[], None]] = []
 
     def write(self) -> None:
+        thresholds = [node for node in self.sweep.plain if kind(node) == "threshold"]
+        if thresholds != self.sweep.plain or self.sweep.scaled or self.sweep.spread:
+            self.lane_by_lane([node for node in self.sweep.plain if node not in thresholds])
+        for node in thresholds:
+            self.threshold(node)
+
+    def lane_by_lane(self, plain: list[fx.Node]) -> None:
         self.to.comment(f"sweep {self.number}: the statistics, lane by lane, then across the lanes")
-        targets: list[Any] = [each.args[0] for each in self.sweep.plain]
+        targets: list[Any] = [each.args[0] for each in plain]
         maxima = list(dict.fromkeys(pair.largest for pair in self.sweep.scaled))
         targets += [each.args[0] for each in maxima]
         targets += [pair.factor for pair in self.sweep.scaled if pair.factor is not None]
         targets += [pair.first.args[0] for pair in self.sweep.spread]
         self.to.statistics(closure(targets, self.to.known))
-        steps = [self.plain(node) for node in self.sweep.plain]
+        steps = [self.plain(node) for node in plain]
         steps += [self.scaled(node, [p for p in self.sweep.scaled if p.largest is node]) for node in maxima]
         steps += [self.spread(pair) for pair in self.sweep.spread]
         self.to.loop()
@@ -51,8 +57,6 @@ class SweepWriter:
         self.to.known[node] = name
 
     def plain(self, node: fx.Node) -> Callable[[Printer], None]:
-        if kind(node) == "threshold":
-            raise LoweringError(f"{self.to.region.name} needs its whole row at hand; use kernel='reference' for long rows")
         if kind(node) == "sum":
             lanes = self.lanes("sums")
             self.after.append(lambda: self.finish(node, f"tl.sum({lanes}, axis=1, keep_dims=True)"))
@@ -65,6 +69,34 @@ class SweepWriter:
             self.to.write(f"{lanes} = tl.maximum({lanes}, {masked})")
 
         return step
+
+    def threshold(self, node: fx.Node) -> None:
+        """t with sum(max(z - t, 0)**power) = 1: a sweep for each halving of [-1, 0], and one for a step of Newton's."""
+        to, z, power = self.to, node.args[0], node.args[1]
+        count = halvings(to.region.wide)
+        to.comment(f"sweeps from {self.number} on: halve [-1, 0]; the last, at the lower end, is for a step of Newton's")
+        to.statistics(closure([z], to.known))  # type: ignore[list-item]
+        low, high, total, slope = (to.fresh(name) for name in ("low", "high", "total", "slope"))
+        for name, start in ((low, "-1.0"), (high, "0.0"), (total, "0.0"), (slope, "1.0")):
+            to.write(f"{name} = tl.full([1, 1], {start}, {to.wide})")
+        to.write(f"for halving in range({count + 1}):")
+        to.indent += 1
+        to.write(f"middle = tl.where(halving < {count}, 0.5 * ({low} + {high}), {low})")
+        sums, slopes = self.lanes("sums"), self.lanes("slopes")
+        to.loop()
+        printer = to.printer([z])  # type: ignore[list-item]
+        printer.loads()
+        above = f"tl.maximum({bracketed(printer.value(z))} - middle, 0.0, propagate_nan=tl.PropagateNan.ALL)"
+        to.write(f"over = tl.where(inside, {above}, 0.0)")
+        to.write(f"{sums} += {'over' if power == 1 else 'over * over'}")
+        to.write(f"{slopes} += {'tl.where(over > 0.0, 1.0, 0.0)' if power == 1 else '2.0 * over'}")
+        to.indent -= 1
+        to.write(f"{total} = tl.sum({sums}, axis=1, keep_dims=True)")
+        to.write(f"{slope} = tl.sum({slopes}, axis=1, keep_dims=True)")
+        to.write(f"{low} = tl.where({total} >= 1.0, middle, {low})")
+        to.write(f"{high} = tl.where({total} >= 1.0, {high}, middle)")
+        to.indent -= 1
+        self.finish(node, f"{low} + ({total} - 1.0) / {slope}")
 
     def scaled(self, largest: fx.Node, pairs: list[Scaled]) -> Callable[[Printer], None]:
         to = self.to

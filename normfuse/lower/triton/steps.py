@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.errors import LoweringError
 from normfuse.lower.triton.region import COLUMNS, REDUCTIONS, Region, Size, extent, halvings, kind
 
 INLINE = 64  # characters up to which a value that is used once is written where it is used
@@ -217,8 +216,6 @@ class Printer:
         lowest = self.masked(source, 'float("-inf")')
         if kind(node) == "amax":
             return f"tl.max({lowest}, axis=1, keep_dims=True)"
-        if self.to.schedule == "sweeps":
-            raise LoweringError(f"{self.to.region.name} needs its whole row at hand; use kernel='reference' for long rows")
         self.to.helpers.add("threshold")
         return f"threshold({lowest}, {int(node.args[1])}, {halvings(self.to.region.wide)})"  # type: ignore[call-overload]
 
