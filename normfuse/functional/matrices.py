@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,13 @@ class Operand:
 
     tensor: Tensor
     argument: Argument
-    matrix: Tensor
+    matrix: Tensor  # as a kernel takes it; one that is repeated may have fewer rows
+
+    def full(self, x: Tensor) -> Tensor:
+        """The matrix as the reference takes it."""
+        if not self.argument.repeated or not self.argument.extent.columns:
+            return self.matrix
+        return self.matrix.expand(x.shape[:-1].numel() // max(self.matrix.shape[0], 1), *self.matrix.shape).flatten(0, 1)
 
     @classmethod
     def of(cls, name: str, tensor: Tensor, x: Tensor) -> Operand:
@@ -30,8 +36,11 @@ class Operand:
         if tensor.numel() == tensor.shape[-1]:
             return cls(tensor, per_column(name, given.dtype), given.reshape(1, columns))
         if tensor.shape[-1] == 1:
-            return cls(tensor, per_row(name, given.dtype), given.expand(*x.shape[:-1], 1).reshape(count, 1))
-        return cls(tensor, rows(name, given.dtype), given.expand(x.shape).reshape(count, columns))
+            repeated = replace(per_row(name, given.dtype), repeated=True)
+            return cls(tensor, repeated, given.expand(*x.shape[:-1], 1).reshape(count, 1))
+        own = next(size for size in range(tensor.dim() + 1) if size == tensor.dim() or tensor.shape[size] != 1)
+        said = given if tensor.shape[own:] == x.shape[x.dim() - tensor.dim() + own :] else given.expand(x.shape)
+        return cls(tensor, replace(rows(name, given.dtype), repeated=True), said.reshape(-1, columns))
 
     def gradient(self, matrix: Tensor, x: Tensor) -> Tensor:
         """The tensor's gradient from the matrix's: what was repeated is summed."""

@@ -51,7 +51,7 @@ class RowOperator:
         if chosen(kernel, x, lambda: self.kernel(operands, options).supports(x.shape[-1])):
             found: Any = self.kernel(operands, options).forward(*(each.matrix for each in operands))
         else:
-            matrices = {each.argument.name: each.matrix for each in operands}
+            matrices = {each.argument.name: each.full(x) for each in operands}
             found = self.reference(**matrices, **dict(options))
         shaped = [y.reshape(x.shape) for y in (found if isinstance(found, tuple) else [found])]
         return tuple(shaped) if len(shaped) > 1 else shaped[0]
@@ -65,11 +65,11 @@ class RowOperator:
         there = [i for i, tensor in enumerate(tensors) if tensor is not None]
         wants = tuple(bool(wanted[i]) for i in there)
         made = self.kernel(operands, options, self.derived)
-        matrices = [each.matrix for each in operands] + [g.reshape(operands[0].matrix.shape) for g in grads]
+        adjoints = [g.reshape(operands[0].matrix.shape) for g in grads]
         if chosen(kernel, x, lambda: made.supports(x.shape[-1])):
-            found = made.gradients(matrices, wants)
+            found = made.gradients([*(each.matrix for each in operands), *adjoints], wants)
         else:
-            found = made.backward(wants).run(*matrices)
+            found = made.backward(wants).run(*(each.full(x) for each in operands), *adjoints)
         asked = [each for each, wants_it in zip(operands, wants, strict=True) if wants_it]
         return [each.gradient(matrix, x) for each, matrix in zip(asked, found, strict=True)]
 

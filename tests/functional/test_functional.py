@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -112,6 +113,21 @@ def test_a_sink_takes_what_is_left() -> None:
     sink = torch.randn(1, 4, 1, 1)
     joined = torch.cat([heads, sink.expand(2, 4, 3, 1)], -1).softmax(-1)[..., :-1]
     torch.testing.assert_close(nf.softmax_with_sink(heads, sink), joined)
+    if find_spec("triton"):
+        torch.testing.assert_close(nf.softmax_with_sink(heads, sink, kernel="triton"), joined)
+
+
+@pytest.mark.parametrize("shape", ((4, 3, 5), (4, 1, 5), (2, 4, 1, 1), (1, 1, 3, 5), (3, 5), (5,), (2, 1, 3, 5)))
+@pytest.mark.parametrize("kernel", ("reference", "triton"))
+def test_parameters_broadcast_and_their_gradients_are_sums(shape: tuple[int, ...], kernel: str) -> None:
+    if kernel == "triton":
+        pytest.importorskip("triton")
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    alpha = torch.rand(shape, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn_like(x)
+    found = torch.autograd.grad(nf.dyt(x, alpha, kernel=kernel), (x, alpha), weights)
+    expected = torch.autograd.grad(torch.tanh(alpha * x), (x, alpha), weights)
+    torch.testing.assert_close(found, expected)
 
 
 def test_projections_are_sparse_and_blind_to_shifts() -> None:

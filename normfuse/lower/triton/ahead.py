@@ -89,7 +89,7 @@ def compile_source(region: Region, source: Source, chosen: tune.Config, columns:
             signature[name], constants[(place,)] = "constexpr", chosen.rows if name == "ROWS" else chosen.block
         else:
             signature[name] = _POINTERS[pointers[name]] if name in pointers else "i32"
-            if name in pointers or (columns % 16 == 0 and name != "rows"):
+            if name in pointers or (columns % 16 == 0 and name != "rows" and not name.endswith("_period")):
                 aligned[(place,)] = [["tt.divisibility", 16]]
     hip = target.startswith("gfx")
     machine = GPUTarget("hip", target, 64) if hip else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from normfuse.errors import LoweringError
-from normfuse.lower.triton.region import COLUMNS, REDUCTIONS, Argument, Region, centred_on, emit_step, extent, kind
+from normfuse.lower.triton.region import COLUMNS, REDUCTIONS, Argument, Extent, Region, centred_on, emit_step, extent, kind
 
 Terms = Iterable[tuple[Any, fx.Node]]
 
@@ -37,8 +38,12 @@ def differentiate(region: Region, wanted: Sequence[bool]) -> Region:
     asked = [node for node, wants in zip(inputs, wanted, strict=True) if wants]
     graph.output(tuple(adjoints.of_input(node, region.name) for node in asked))
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    results = tuple(Argument(f"d_{node.name}", extent(node)) for node in asked)
+    results = tuple(Argument(f"d_{node.name}", _leaving(node, region.wide)) for node in asked)
     return Region(f"{region.name}_backward", graph, results)
+
+
+def _leaving(node: fx.Node, wide: torch.dtype) -> Extent:
+    return replace(extent(node), dtype=wide) if node.meta.get("repeated") else extent(node)
 
 
 class _Adjoints:

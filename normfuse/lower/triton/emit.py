@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from normfuse.lower.triton.lanes import SweepWriter
-from normfuse.lower.triton.region import Argument, Region, extent, halvings, kind
+from normfuse.lower.triton.region import Argument, Region, extent, halvings, kind, repeats
 from normfuse.lower.triton.steps import HELPERS, Printer, Writer, bracketed, closure
 from normfuse.lower.triton.sweeps import Plan
 
@@ -67,6 +67,7 @@ class _Emitter(Writer):
     def signature(self, name: str) -> list[str]:
         pointers = [f"{node.name}_ptr" for node in self.region.inputs] + [f"{r.name}_ptr" for r in self.region.results]
         strides = [f"{node.name}_stride" for node in self.region.inputs if extent(node).rows and extent(node).columns]
+        strides += [f"{node.name}_period" for node in self.region.inputs if repeats(node)]
         constants = ["ROWS: tl.constexpr"] if self.schedule == "tile" else []
         parameters = ", ".join([*pointers, *strides, "rows", "columns", *constants, "BLOCK: tl.constexpr"])
         inputs = ", ".join(node.name for node in self.region.inputs)

@@ -19,7 +19,7 @@ from normfuse.errors import LoweringError
 from normfuse.lower.triton import tune
 from normfuse.lower.triton.backward import differentiate
 from normfuse.lower.triton.emit import Source, emit
-from normfuse.lower.triton.region import Argument, Region, extent, trace
+from normfuse.lower.triton.region import Argument, Region, extent, repeats, trace
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def launch(
     outputs = [_output(region, i, source, max(grid, 1), rows, columns, device) for i in range(len(region.results))]
     if rows and columns:
         strides = [m.stride(0) for m, node in zip(given, region.inputs, strict=True) if _matrix(node)]
+        strides += [m.shape[0] for m, node in zip(given, region.inputs, strict=True) if repeats(node)]
         constants = {"ROWS": chosen.rows} if chosen.schedule == "tile" else {}
         kernel = compiled(source.name, source.text, interpreted())
         with _hardware_rounding() if device.type == "cpu" else torch.cuda.device(device):

@@ -50,10 +50,15 @@ class Extent:
 
 @dataclass(frozen=True)
 class Argument:
-    """What a reference takes: its name, and the extent in which it comes."""
+    """What a reference takes: its name, and the extent in which it comes.
+
+    `repeated`: a smaller tensor says it all. A matrix of fewer rows begins anew where they end, and the gradient leaves
+    wide, because it is going to be summed.
+    """
 
     name: str
     extent: Extent
+    repeated: bool = False
 
 
 def rows(name: str, dtype: torch.dtype) -> Argument:
@@ -120,6 +125,11 @@ def extent(node: fx.Node) -> Extent:
     return node.meta["extent"]
 
 
+def repeats(node: fx.Node) -> bool:
+    """An input matrix that has fewer rows than there are."""
+    return bool(node.meta.get("repeated")) and extent(node).rows and extent(node).columns
+
+
 def kind(node: fx.Node) -> str:
     """The step's name, `""` for a placeholder: `"add"`, `"sum"`."""
     return "" if node.op == "placeholder" else str(node.meta["kind"])
@@ -144,7 +154,7 @@ def trace(
         if node.op == "placeholder":
             argument = next(names)
             known[node] = graph.placeholder(argument.name)
-            known[node].meta["extent"] = argument.extent
+            known[node].meta |= {"extent": argument.extent, "repeated": argument.repeated}
         elif node.op == "output":
             found = node.args[0] if isinstance(node.args[0], (tuple, list)) else (node.args[0],)
             leaving = [known[each] for each in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from normfuse.lower.triton import tune
 from normfuse.lower.triton.emit import Source
 from normfuse.lower.triton.launch import RowKernel
-from normfuse.lower.triton.region import Region, extent
+from normfuse.lower.triton.region import Region, extent, repeats
 
 PROGRAMS = 512
 
@@ -23,6 +23,8 @@ def standalone(kernel: RowKernel, columns: int, *, backward: bool) -> str:
 def _run(region: Region, source: Source, chosen: tune.Config) -> list[str]:
     names = [node.name for node in region.inputs]
     matrices = [node.name for node in region.inputs if extent(node).rows and extent(node).columns]
+    strides = [f"{name}.stride(0)" for name in matrices]
+    strides += [f"{node.name}.shape[0]" for node in region.inputs if repeats(node)]
     outputs = [result.name for result in region.results]
     constants = {"ROWS": chosen.rows} if chosen.schedule == "tile" else {}
     settings = ", ".join(f"{key}={value}" for key, value in {**constants, "BLOCK": chosen.block}.items())
@@ -36,7 +38,7 @@ def _run(region: Region, source: Source, chosen: tune.Config) -> list[str]:
         *_allocations(region, source, matrices[0]),
         f"    {source.name}[(programs,)](",
         f"        {', '.join([*names, *outputs])},",
-        f"        {', '.join(f'{name}.stride(0)' for name in matrices)}, rows, columns,",
+        f"        {', '.join(strides)}, rows, columns,",
         f"        {settings}, num_warps={chosen.warps},",
         "    )",
         "    return (",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from normfuse.lower.triton.region import COLUMNS, REDUCTIONS, Region, Size, extent, halvings, kind
+from normfuse.lower.triton.region import COLUMNS, REDUCTIONS, Region, Size, extent, halvings, kind, repeats
 
 INLINE = 64  # characters up to which a value that is used once is written where it is used
 
@@ -105,7 +105,8 @@ class Writer:
         wider = "" if given.dtype == self.region.wide else f".to({self.wide})"
         match given.rows, given.columns:
             case True, True:
-                loaded = f"tl.load({name}_ptr + row * {name}_stride + col, mask=inside, other=0.0)"
+                at = f"row % {name}_period" if repeats(node) else "row"
+                loaded = f"tl.load({name}_ptr + {at} * {name}_stride + col, mask=inside, other=0.0)"
             case True, False:
                 loaded = f"tl.load({name}_ptr + row, mask=row < rows, other=0.0)"
             case False, True:
