@@ -83,7 +83,8 @@ def samples_in_memory(tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """Compare words of the memory of CPU tensors, gathered in one step; somebody must keep that memory alive."""
     words = sorted({word for t in tensors for word in _words(t)})
     first, last = words[0], words[-1]
-    memory = numpy.frombuffer((ctypes.c_char * (last - first + _WORD)).from_address(first), dtype=numpy.int32)
+    span: Any = (ctypes.c_char * (last - first + _WORD)).from_address(first)
+    memory = numpy.frombuffer(span, dtype=numpy.int32)
     index = (numpy.array(words, dtype=numpy.int64) - first) // _WORD
     now = numpy.empty(len(words), dtype=numpy.int32)
 
