@@ -192,8 +192,9 @@ def plot(found: list[Cell], path: Path) -> None:
         return
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(len(SUBJECTS), 2, figsize=(10, 3 * len(SUBJECTS)), squeeze=False)
-    for line, name in enumerate(SUBJECTS):
+    names = list(dict.fromkeys(cell.function for cell in found))
+    figure, axes = plt.subplots(max(len(names), 1), 2, figsize=(10, 3 * max(len(names), 1)), squeeze=False)
+    for line, name in enumerate(names):
         for column, direction in enumerate(("forward", "backward")):
             axis = axes[line][column]
             here = [c for c in found if c.function == name and c.direction == direction]

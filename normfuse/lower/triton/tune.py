@@ -35,7 +35,7 @@ def config(columns: int, itemsize: int, *, backward: bool, wave: int = 32) -> Co
     largest = ALIGNED[-1] * 4 // itemsize
     fitting = [block for block in (UNALIGNED if columns % 16 else ALIGNED) if columns <= block <= largest]
     if not fitting:
-        return Config("sweeps", SWEEP * 4 // itemsize, 1, 256 // wave)
+        return Config("sweeps", SWEEP * 4 // itemsize // (2 if backward else 1), 1, 256 // wave)
     block = fitting[0]
     rows = max(1, NUMBERS_PER_PROGRAM * 4 // itemsize // block // (2 if backward else 1))
     return Config("tile", block, rows, min(512, max(128, rows * block // NUMBERS_PER_THREAD)) // wave)

@@ -68,7 +68,8 @@ def test_kernels_are_fast_everywhere(name: str, target: str) -> None:
     for request, facts in zip(requests, compiled(*requests), strict=True):
         single = 1 if name == "dyt" else 0
         parameters = 3 if request[1] < 1024 else single  # a row of 256 is less than 128 threads could load at once
-        holding = facts["config"]["schedule"] == "sweeps" or request[3]  # statistics and sums hold registers
-        share = 0.5 if target == "sm_100" and holding else 1.0
+        # A B200 asks for 43 KiB: rows of 8,192 fill three quarters of that, and statistics and sums hold registers.
+        holding = facts["config"]["schedule"] == "sweeps" or request[3]
+        share = (0.5 if holding else 0.7) if target == "sm_100" else 1.0
         assert is_fast(facts, parameters=parameters, share=share), (request, facts)
         assert sum(facts["bytes"]) == 2 * BYTES[name][request[3]], request
