@@ -45,7 +45,8 @@ class Watch:
         # Aliases share versions, keep alive the memory that is sampled, and are kept so that none is made at every call.
         self._aliases = aliases = [w.detach() for w in self._weights]
         counted = [a for a in aliases if not a.is_inference()]
-        self._saved: Any = _Saved.apply(torch.zeros((), requires_grad=True), *counted).grad_fn
+        self._result = _Saved.apply(torch.zeros((), requires_grad=True), *counted)  # kept: asking takes half the time
+        self._saved: Any = self._result.grad_fn
         here = [a for a in aliases if a.device.type == "cpu" and a.numel()]
         away = [a for a in aliases if a.device.type != "cpu" and a.numel()]
         self._samples = [make(given) for make, given in ((samples_in_memory, here), (samples_of_tensors, away)) if given]
