@@ -5,12 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 import normfuse
+from normfuse.backend import normfuse_backend
 from tests.support import image, randomised
+from tests.weights.ways import WAYS
+from tests.weights.ways import model as changing_model
 from tests.zoo.hugging_face import HUGGING_FACE
 from tests.zoo.test_hugging_face import close
 
@@ -32,13 +37,28 @@ def test_equal_outputs_also_at_another_batch_size(name: str, below: str) -> None
         assert close(fast(*args, **kwargs), model(*args, **kwargs))
 
 
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @torch.no_grad()
-def test_weights_that_change_are_baked_anew() -> None:
-    model = randomised(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))
-    fast, x = compiled(model, "torch"), image(2, 3, 8, 8)
+def test_weights_that_change_are_baked_anew(way: Callable[[Any], None]) -> None:
+    model = changing_model()
+    fast, x = compiled(model, "torch"), image(2, 3, 6, 6)
+    before = model(x)
+    torch.testing.assert_close(fast(x), before)
+    way(model)
+    assert not torch.allclose(model(x), before)
     torch.testing.assert_close(fast(x), model(x))
-    model[0].weight.mul_(2)
     torch.testing.assert_close(fast(x), model(x))
+
+
+@torch.no_grad()
+def test_weights_in_the_graph_itself_are_watched() -> None:
+    """As Dynamo gives them when it does not inline modules."""
+    model = changing_model()
+    module, x = torch.fx.symbolic_trace(model), image(2, 3, 6, 6)
+    fast = normfuse_backend(module, [x], options={"below": "torch"})
+    torch.testing.assert_close(fast(x)[0] if isinstance(fast(x), tuple) else fast(x), model(x))
+    model[0].weight.data.mul_(2)
+    torch.testing.assert_close(fast(x)[0] if isinstance(fast(x), tuple) else fast(x), model(x))
 
 
 def test_gradients_are_left_alone() -> None:
