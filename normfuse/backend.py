@@ -87,8 +87,8 @@ def _is_weight(item: Any) -> bool:
 
 
 class _Closed(nn.Module):
-    """The Dynamo graph as a model of its tensor inputs alone: weights and numbers of Python (an eps; with `dynamic=True` they
-    are inputs) are closed over, free sizes read off the tensors."""
+    """The Dynamo graph as a model of its tensor inputs alone: weights are closed over, and numbers of Python, which a dynamic
+    graph takes as inputs (an eps); free sizes are read off the tensors."""
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> None:
         super().__init__()

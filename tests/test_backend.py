@@ -56,9 +56,9 @@ def test_weights_in_the_graph_itself_are_watched() -> None:
     model = changing_model()
     module, x = torch.fx.symbolic_trace(model), image(2, 3, 6, 6)
     fast = normfuse_backend(module, [x], options={"below": "torch"})
-    torch.testing.assert_close(fast(x)[0] if isinstance(fast(x), tuple) else fast(x), model(x))
+    torch.testing.assert_close(fast(x)[0], model(x))
     model[0].weight.data.mul_(2)
-    torch.testing.assert_close(fast(x)[0] if isinstance(fast(x), tuple) else fast(x), model(x))
+    torch.testing.assert_close(fast(x)[0], model(x))
 
 
 def test_gradients_are_left_alone() -> None:
@@ -76,6 +76,82 @@ def test_unknown_options() -> None:
     torch._dynamo.reset()
     with pytest.raises(Exception, match="unknown option 'fast'"), torch.no_grad():
         torch.compile(model, backend="normfuse", options={"fast": True})(image(2, 6))
+
+
+class Scaled(torch.nn.Module):
+    """A number of its own, a norm with an eps, and a number that is an input: all of them inputs of a dynamic graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.scale = torch.nn.Linear(6, 4), torch.nn.LayerNorm(4, eps=0.3), 2.5
+
+    def forward(self, x: torch.Tensor, t: float) -> torch.Tensor:
+        return self.norm(self.linear(x)) * self.scale + t
+
+
+@torch.no_grad()
+def test_dynamic_graphs_are_optimized() -> None:
+    model = randomised(Scaled())
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="normfuse", dynamic=True, options={"below": "torch"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in (2, 3, 5):
+            torch.testing.assert_close(fast(image(batch, 6), 1.5), model(image(batch, 6), 1.5))
+    with pytest.warns(UserWarning, match="a number that is an input changes"):
+        for t in (1.5, 2.5, 3.5):
+            torch.testing.assert_close(fast(image(4, 6), t), model(image(4, 6), t))
+
+
+class Rolled(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.roll(self.norm(self.conv(x)), 2, -1)
+
+
+@torch.no_grad()
+def test_a_size_that_capture_keeps_goes_to_what_stands_below() -> None:
+    model = randomised(Rolled())
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="normfuse", dynamic=True, options={"below": "torch"})
+    torch.testing.assert_close(fast(image(2, 3, 8, 8)), model(image(2, 3, 8, 8)))
+    with pytest.warns(UserWarning, match="left to what stands below: .* is fixed at 8 and cannot be 9"):
+        torch.testing.assert_close(fast(image(2, 3, 9, 9)), model(image(2, 3, 9, 9)))
+    model.conv.weight.mul_(2)
+    torch.testing.assert_close(fast(image(2, 3, 9, 9)), model(image(2, 3, 9, 9)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "fast"}, "unknown mode 'fast': the modes are default, .*reduce-overhead"),
+        ({"options": {"mode": "max-autotune", "below": "torch"}}, "mode='max-autotune' is one of inductor's"),
+        ({"options": {"below": "tvm"}}, 'choose "inductor" or "torch"'),
+    ],
+)
+@torch.no_grad()
+def test_modes_and_options_that_are_not_there(given: dict[str, Any], message: str) -> None:
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=message):
+        torch.compile(randomised(torch.nn.Linear(6, 4)), backend="normfuse", **given)(image(2, 6))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [{"mode": "reduce-overhead"}, {"options": {"mode": "max-autotune-no-cudagraphs"}}])
+@pytest.mark.parametrize("dynamic", [True, False, None])
+@torch.no_grad()
+def test_modes_of_inductor(given: dict[str, Any], dynamic: bool | None) -> None:
+    model = changing_model()
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="normfuse", dynamic=dynamic, **given)
+    for sizes in ((2, 3, 8, 8), (3, 3, 9, 11), (2, 3, 8, 8)):
+        torch.testing.assert_close(fast(image(*sizes)), model(image(*sizes)))
+        model[0].weight.data.mul_(1.5)
+        torch.testing.assert_close(fast(image(*sizes)), model(image(*sizes)))
+        torch.testing.assert_close(fast(image(4, 3, 9, 10)), model(image(4, 3, 9, 10)))
 
 
 @pytest.mark.slow

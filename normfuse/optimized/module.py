@@ -27,10 +27,9 @@ from normfuse.report import Report
 from normfuse.rewrite.record import FiringKey
 from normfuse.weights.watch import Watch
 
-
 MIXTURE = (
-    "normfuse: weights that are shared with the original model have changed, and those computed from it have not: results are "
-    "a mixture of both; optimize again, or use optimize(..., copy=True) to share nothing"
+    "normfuse: weights that are shared with the original model have changed, and those computed from it have not: results "
+    "are a mixture of both; optimize again, or use optimize(..., copy=True) to share nothing"
 )
 
 

@@ -91,7 +91,8 @@ def samples_in_memory(tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """Compare words of the memory of CPU tensors, gathered in one step; somebody must keep that memory alive."""
     words = sorted({word for t in tensors for word in _words(t)})
     first, last = words[0], words[-1]
-    memory = numpy.frombuffer((ctypes.c_char * (last - first + _WORD)).from_address(first), dtype=numpy.int32)
+    span = (ctypes.c_int32 * ((last - first) // _WORD + 1)).from_address(first)
+    memory = numpy.ctypeslib.as_array(span)
     index = (numpy.array(words, dtype=numpy.int64) - first) // _WORD
     now = numpy.empty(len(words), dtype=numpy.int32)
 
