@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from operator import itemgetter
+from functools import reduce
+from operator import add, itemgetter
 from typing import Any
 
 import numpy
@@ -22,6 +23,7 @@ from normfuse.errors import InputError, NormfuseError, PassError
 from normfuse.weights.watch import Watch
 
 Compiled = Callable[..., Any]
+_FEW_RUNS = 8
 _OPTIONS = ("below", "passes", "disable", "verify", "mode")
 
 
@@ -87,8 +89,8 @@ def _is_weight(item: Any) -> bool:
 
 
 class _Closed(nn.Module):
-    """The Dynamo graph as a model of its tensor inputs alone: weights are closed over, and numbers of Python, which a dynamic
-    graph takes as inputs (an eps); free sizes are read off the tensors."""
+    """The Dynamo graph as a model of its tensor inputs alone: weights are closed over, and numbers of Python, which a
+    dynamic graph takes as inputs (an eps); free sizes are read off the tensors."""
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> None:
         super().__init__()
@@ -217,11 +219,13 @@ class _Specialised:
 
 
 def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What takes the things at these positions out of a tuple, as fast as Python can."""
-    first, last = (positions[0], positions[-1] + 1) if positions else (0, 0)
-    if last - first == len(positions):
-        return itemgetter(slice(first, last))
-    return itemgetter(*positions)
+    """What takes the things at these ascending positions out of a tuple, as fast as Python can."""
+    starts = [i for i in positions if i - 1 not in positions]
+    ends = [i + 1 for i in positions if i + 1 not in positions]
+    runs = [slice(*run) for run in zip(starts, ends, strict=True)]
+    if len(runs) > _FEW_RUNS:
+        return itemgetter(*positions)
+    return lambda given: reduce(add, map(given.__getitem__, runs), ())
 
 
 __all__ = ["normfuse_backend"]
