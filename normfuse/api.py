@@ -14,6 +14,7 @@ from torch import nn
 from normfuse.capture.export import capture, captures
 from normfuse.errors import CaptureError
 from normfuse.graph.program import Program
+from normfuse.graph.signature import Signature
 from normfuse.inventory.inventory import Inventory, take_inventory
 from normfuse.lower.choose import check_backend, choose, executable
 from normfuse.lower.target import Run
@@ -23,6 +24,7 @@ from normfuse.optimized.module import Optimized
 from normfuse.pipeline.lowering import ready
 from normfuse.pipeline.run import Pipeline, detached
 from normfuse.pipeline.select import select
+from normfuse.pipeline.sharing import shared_names, unshared
 from normfuse.pipeline.source import Source
 from normfuse.pipeline.subject import Model, as_runnable, capture_and_try, example_leaves, model_name
 from normfuse.progress import say
@@ -56,13 +58,15 @@ def optimize(
     disable: Sequence[str] = (),
     backend: str = "torch",
     verify: bool = True,
+    copy: bool = False,
 ) -> Optimized:
     """A module that computes the same function as `model`, rewritten by every exact pass that applies.
 
     `args`, `kwargs`: example inputs as `torch.export.export` takes them. `dynamic_shapes`: `"auto"` lets batch and
     sequence vary, `None` fixes all sizes. `passes`: names of the only passes to run, in any order. `backend`: `"torch"`,
     `"inductor"`, `"onnxruntime"` (or `"onnxruntime:<provider>"`), or `"auto"`, the fastest of them on the example inputs.
-    `model` is not changed; weights that no pass touches are shared with it.
+    `model` is not changed. Weights that no pass touches are shared with it, the others are computed from it once: when it is
+    given other weights in place, the result would be a mixture, and warns; `copy` shares nothing.
 
     Raises `CaptureError`, `PassError`; `LoweringError` for a backend that is not there or cannot be called on the example;
     `VerificationError` if the model cannot be verified at all.
@@ -72,6 +76,9 @@ def optimize(
     rules = select(pass_table(), passes, disable)
     captured, trials, seconds = capture_and_try(model, args, kwargs, dynamic_shapes, TRIALS if verify else 0)
     result = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials)
+    shared = shared_names(result.baked, captured)
+    if copy:
+        result = unshared(result, shared)
     lowering = time.perf_counter()
     say(f"lower to {backend}")
     report = report_of(model_name(model), result, backend, captured.notes)
@@ -84,6 +91,7 @@ def optimize(
         backend=backend,
         source=source,
         excluded=result.unlowered,
+        shared=frozenset() if copy else shared,
     )
     if backend == "auto":
         _take_fastest(optimized, model, args, kwargs, lambda each: _ready(optimized, result.unbaked, each, trials))
@@ -125,12 +133,15 @@ def optimize_flat(
     passes: Sequence[str | Rule] | None = None,
     disable: Sequence[str] = (),
     verify: bool = True,
-) -> torch.fx.GraphModule:
-    """`optimize` for compilers: a graph of flat tensors in and out, lowered for the device its weights are on."""
+) -> tuple[torch.fx.GraphModule, Signature]:
+    """`optimize` for compilers: a graph of flat tensors in and out, lowered for the device its weights are on.
+
+    The graph checks nothing; what its inputs must be is in the signature.
+    """
     rules = select(pass_table(), passes, disable)
     captured, trials, seconds = capture_and_try(model, args, {}, dynamic_shapes, 1 if verify else 0)
     result = Pipeline(captured, rules, named=passes is not None, seconds=seconds).run(trials)
-    return graph_module(fastest(result.baked, device_of(result.baked), result.unlowered))
+    return graph_module(fastest(result.baked, device_of(result.baked), result.unlowered)), result.baked.signature
 
 
 def optimize_(

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from operator import itemgetter
+from functools import reduce
+from operator import add, itemgetter
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, fx, nn
-from torch._guards import compile_context, tracing
+from torch._guards import TracingContext, compile_context, tracing
 from torch._subclasses import FakeTensor
 
-from normfuse.errors import NormfuseError, PassError
+from normfuse.errors import InputError, NormfuseError, PassError
 from normfuse.weights.watch import Watch
 
 Compiled = Callable[..., Any]
+_FEW_RUNS = 8
 _OPTIONS = ("below", "passes", "disable", "verify", "mode")
 
 
@@ -68,11 +70,15 @@ def _below(name: str, mode: str | None) -> Callable[[fx.GraphModule, list[Any]],
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    if mode is None:
-        return compile_fx  # pyright: ignore[reportReturnType]
-    if mode not in (modes := list_mode_options()):
+    if (mode := mode or "default") not in (modes := list_mode_options()):
         raise PassError(f"unknown mode {mode!r}: the modes are {', '.join(modes)}")
-    return partial(compile_fx, config_patches=modes[mode])  # pyright: ignore[reportReturnType]
+
+    def inductor(module: fx.GraphModule, inputs: list[Any]) -> Compiled:
+        if TracingContext.try_get() is not None:  # Dynamo compiles, and knows which sizes are free
+            return compile_fx(module, inputs, config_patches=modes[mode])  # type: ignore[return-value]
+        return torch.compile(module, options=modes[mode])
+
+    return inductor
 
 
 def _is_weight(item: Any) -> bool:
@@ -83,7 +89,8 @@ def _is_weight(item: Any) -> bool:
 
 
 class _Closed(nn.Module):
-    """The Dynamo graph as a model of its tensor inputs alone: weights are closed over, free sizes read off the tensors."""
+    """The Dynamo graph as a model of its tensor inputs alone: weights are closed over, and numbers of Python, which a
+    dynamic graph takes as inputs (an eps); free sizes are read off the tensors."""
 
     def __init__(self, module: fx.GraphModule, inputs: Sequence[Any], weights: Sequence[int]) -> None:
         super().__init__()
@@ -91,6 +98,8 @@ class _Closed(nn.Module):
         self.weights = set(weights)
         self.total = len(inputs)
         self.sizes = _where_sizes_come_from(module, inputs)
+        self.numbers = {i: inputs[i].item() for i in _numbers(module, inputs)}
+        self.closed_over = {*self.weights, *self.sizes, *self.numbers}
         for i in weights:
             if isinstance(inputs[i], nn.Parameter):
                 self.register_parameter(f"weight_{i}", inputs[i])
@@ -99,7 +108,7 @@ class _Closed(nn.Module):
 
     def tensors(self, inputs: Sequence[Any]) -> tuple[Any, ...]:
         """Of all of Dynamo's inputs those that this model takes."""
-        return tuple(x for i, x in enumerate(inputs) if i not in self.weights and i not in self.sizes)
+        return tuple(x for i, x in enumerate(inputs) if i not in self.closed_over)
 
     def forward(self, *given: Any) -> Any:
         rest = iter(given)
@@ -107,11 +116,24 @@ class _Closed(nn.Module):
         for i in range(self.total):
             if i in self.weights:
                 values[i] = getattr(self, f"weight_{i}")
+            elif i in self.numbers:
+                values[i] = numpy.float64(self.numbers[i])  # the graph calls `.item()` on it, and on nothing else
             elif i not in self.sizes:
                 values[i] = next(rest)
         for i, (tensor, axis) in self.sizes.items():
             values[i] = values[tensor].shape[axis]
         return self.module(*values)
+
+
+def _numbers(module: fx.GraphModule, inputs: Sequence[Any]) -> list[int]:
+    """Which inputs are numbers of Python: tensors that the graph does nothing with but ask for their item."""
+
+    def asked_for_item(node: fx.Node) -> bool:
+        return bool(node.users) and all(u.op == "call_method" and u.target == "item" for u in node.users)
+
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    wrapped = [isinstance(x, Tensor) and x.dim() == 0 and x.dtype == torch.float64 for x in inputs]
+    return [i for i, node in enumerate(nodes) if wrapped[i] and not _is_weight(inputs[i]) and asked_for_item(node)]
 
 
 def _where_sizes_come_from(module: fx.GraphModule, inputs: Sequence[Any]) -> dict[int, tuple[int, int]]:
@@ -140,7 +162,12 @@ class _Specialised:
         self.module, self.weights, self.below, self.options = module, weights, below, options
         self.held = (*module.parameters(), *module.buffers())
         self.pick = _picker(weights)
+        self.pick_numbers = _picker(_numbers(module, inputs))
+        self.numbers = self._numbers(tuple(inputs))
         self._take(inputs)
+
+    def _numbers(self, inputs: tuple[Any, ...]) -> list[Any]:
+        return [x.item() for x in self.pick_numbers(inputs)]
 
     def _take(self, inputs: Sequence[Any]) -> None:
         try:
@@ -149,9 +176,14 @@ class _Specialised:
         except PassError:
             raise
         except NormfuseError as error:
-            _warn(f"left to what stands below: {error}")
-            self.run, watch = self.below(self.module, list(inputs)), None
-        self.watch = watch
+            self._leave(inputs, str(error))
+        else:
+            self.watch: Watch | None = watch
+
+    def _leave(self, inputs: Sequence[Any], reason: str) -> None:
+        """Weights and numbers are inputs of what stands below: there is nothing to watch."""
+        _warn(f"left to what stands below: {reason}")
+        self.run, self.watch = self.below(self.module, list(inputs)), None
 
     def _compile(self, inputs: list[Any]) -> Compiled:
         from normfuse.api import optimize_flat
@@ -160,22 +192,40 @@ class _Specialised:
         tensors = closed.tensors(inputs)
         # Dynamo is in the middle of a compilation: what our own capture learns is no guard of that one.
         with tracing(None), compile_context(None):
-            optimized = optimize_flat(closed, tensors, dynamic_shapes="auto" if closed.sizes else None, **self.options)
+            shapes = "auto" if closed.sizes else None
+            optimized, signature = optimize_flat(closed, tensors, dynamic_shapes=shapes, **self.options)
         compiled = self.below(optimized, list(tensors))
-        return lambda *given: compiled(*closed.tensors(given))
+
+        def run(*given: Any) -> Any:
+            leaves = closed.tensors(given)
+            if closed.sizes:
+                signature.check(list(leaves))
+            return compiled(*leaves)
+
+        return run
 
     def __call__(self, *given: Any) -> Any:
-        if self.watch is not None and not self.watch.same(self.pick(given) + self.held):
+        if self.watch is None:
+            return self.run(*given)
+        if self._numbers(given) != self.numbers:
+            self._leave(given, "a number that is an input changes from call to call; make it a tensor to have it optimized")
+        elif not self.watch.same(self.pick(given) + self.held):
             self._take(given)
-        return self.run(*given)
+        try:
+            return self.run(*given)
+        except InputError as error:  # a size that is free here, and was not to be freed by capture
+            self._leave(given, str(error))
+            return self.run(*given)
 
 
 def _picker(positions: Sequence[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
-    """What takes the things at these positions out of a tuple, as fast as Python can."""
-    first, last = (positions[0], positions[-1] + 1) if positions else (0, 0)
-    if last - first == len(positions):
-        return itemgetter(slice(first, last))
-    return itemgetter(*positions)
+    """What takes the things at these ascending positions out of a tuple, as fast as Python can."""
+    starts = [i for i in positions if i - 1 not in positions]
+    ends = [i + 1 for i in positions if i + 1 not in positions]
+    runs = [slice(*run) for run in zip(starts, ends, strict=True)]
+    if len(runs) > _FEW_RUNS:
+        return itemgetter(*positions)
+    return lambda given: reduce(add, map(given.__getitem__, runs), ())
 
 
 __all__ = ["normfuse_backend"]

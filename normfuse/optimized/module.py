@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.graph import _PyTreeCodeGen, _PyTreeInfo
 
 from normfuse.capture.export import capture
+from normfuse.errors import NormfuseError
 from normfuse.graph.program import Program
 from normfuse.lower.choose import Run, call_once, executable
 from normfuse.lower.torch import graph_module, plain
@@ -23,6 +25,12 @@ from normfuse.pipeline.source import Source, state_of
 from normfuse.progress import say
 from normfuse.report import Report
 from normfuse.rewrite.record import FiringKey
+from normfuse.weights.watch import Watch
+
+MIXTURE = (
+    "normfuse: weights that are shared with the original model have changed, and those computed from it have not: results "
+    "are a mixture of both; optimize again, or use optimize(..., copy=True) to share nothing"
+)
 
 
 class Optimized(nn.Module):
@@ -41,6 +49,7 @@ class Optimized(nn.Module):
         backend: str = "torch",
         source: Source | None = None,
         excluded: frozenset[FiringKey] = frozenset(),
+        shared: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.program = program
@@ -54,9 +63,11 @@ class Optimized(nn.Module):
         self.graph_module: fx.GraphModule = graph_module(plain(program, excluded), codegen)
         self.__dict__["_run"] = None
         self._states = {name: state_of(t) for name, t in self.tensors().items()}
+        self.__dict__["_shared"] = Shared.of(self.tensors(), shared)
         self.train(False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._warn_of_mixture()
         leaves = self.program.signature.flatten(args, kwargs)
         if torch.compiler.is_exporting() and _traced(leaves):
             # An executable made now would hold the exporter's stand-ins for the weights; one made before, constants.
@@ -89,8 +100,29 @@ class Optimized(nn.Module):
         """Parameters and buffers by name, as they are now."""
         return dict(self.graph_module.named_parameters()) | dict(self.graph_module.named_buffers())
 
+    def _warn_of_mixture(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        shared: Shared | None = self.__dict__["_shared"]
+        if shared is None or shared.weights.unchanged():
+            return
+        if shared.others.unchanged():
+            warnings.warn(MIXTURE, stacklevel=4)
+        self.__dict__["_shared"] = Shared.of(self.tensors(), shared.names)
+
     def _apply(self, fn: Any, recurse: bool = True) -> Optimized:
+        """Move the weights. Raises `NormfuseError` before any is moved for another dtype than they have."""
+        for dtype in {t.dtype for t in self.tensors().values() if t.is_floating_point()}:
+            if (to := fn(torch.empty(0, dtype=dtype)).dtype) != dtype:
+                raise NormfuseError(
+                    f"an optimized model keeps its dtype ({dtype}): the graph was made and proved for it; "
+                    f"convert the original with .to({to}) and optimize that"
+                )
+        before = {name: t.data_ptr() for name, t in self.tensors().items()}
         super()._apply(fn, recurse)
+        if (shared := self.__dict__["_shared"]) is not None:
+            stayed = {name for name, t in self.tensors().items() if t.data_ptr() == before[name]}
+            self.__dict__["_shared"] = Shared.of(self.tensors(), shared.names & stayed)
         self.__dict__["_run"] = None  # the executable holds tensors of the old device or dtype
         return self
 
@@ -158,6 +190,23 @@ class Optimized(nn.Module):
         unbaked = self.unbaked()
         given = Given(unbaked or self.as_it_is(), unbaked is not None, self.source, self.excluded, self.report)
         return export(given, Path(path), target, opset, verify, example)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """Weights whose memory is the original's, and the others, which were computed from the original's once."""
+
+    names: frozenset[str]
+    weights: Watch
+    others: Watch
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], names: frozenset[str]) -> Shared | None:
+        """None if there is no mixture to fear: nothing is shared, or everything."""
+        known = {name: t for name, t in tensors.items() if t.device.type != "meta"}
+        shared = [t for name, t in known.items() if name in names]
+        others = [t for name, t in known.items() if name not in names]
+        return cls(names, Watch(shared, sampled=False), Watch(others, sampled=False)) if shared and others else None
 
 
 def _traced(leaves: list[Any]) -> bool:

@@ -29,14 +29,16 @@ class Watch:
     It sees other tensors in their places, other memory (`.data =`, `set_`, `swap_tensors`), every write that torch counts
     (in place, `load_state_dict`, optimizers), and, by `SAMPLES` numbers of each weight, writes that torch does not count
     (through `.data`, numpy, a training forward). It does not see one of the latter that leaves the sampled numbers alone;
-    `torch.autograd.graph.increment_version(weight)` tells of it. Raises `NormfuseError` for a weight without plain memory.
+    `torch.autograd.graph.increment_version(weight)` tells of it. Without `sampled` no number is looked at. Raises
+    `NormfuseError` for a weight without plain memory.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], *, sampled: bool = True) -> None:
         if odd := [w for w in weights if not _plain(w)]:
             raise NormfuseError(f"a weight has no plain memory to watch: it is a {type(odd[0]).__name__} ({odd[0].layout})")
         self._weights = tuple(weights)
         self._addresses = list(map(_address, weights))
+        self._sampled = sampled
         # A thread of its own: no mode and no hook of the caller's reaches what is made here.
         with ThreadPoolExecutor(1) as apart:
             apart.submit(self._prepare).result()
@@ -45,10 +47,16 @@ class Watch:
         # Aliases share versions, keep alive the memory that is sampled, and are kept so that none is made at every call.
         self._aliases = aliases = [w.detach() for w in self._weights]
         counted = [a for a in aliases if not a.is_inference()]
-        self._saved: Any = _Saved.apply(torch.zeros((), requires_grad=True), *counted).grad_fn
-        here = [a for a in aliases if a.device.type == "cpu" and a.numel()]
-        away = [a for a in aliases if a.device.type != "cpu" and a.numel()]
+        self._result = _Saved.apply(torch.zeros((), requires_grad=True), *counted)  # kept: asking takes half the time
+        self._saved: Any = self._result.grad_fn
+        looked_at = [a for a in aliases if self._sampled and a.numel()]
+        here = [a for a in looked_at if a.device.type == "cpu"]
+        away = [a for a in looked_at if a.device.type != "cpu"]
         self._samples = [make(given) for make, given in ((samples_in_memory, here), (samples_of_tensors, away)) if given]
+
+    def unchanged(self) -> bool:
+        """Are the very tensors that were given what they were?"""
+        return self.same(self._weights)
 
     def same(self, weights: tuple[Any, ...]) -> bool:
         """Are these the weights that were given, unchanged?"""
@@ -83,8 +91,8 @@ def samples_in_memory(tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """Compare words of the memory of CPU tensors, gathered in one step; somebody must keep that memory alive."""
     words = sorted({word for t in tensors for word in _words(t)})
     first, last = words[0], words[-1]
-    span: Any = (ctypes.c_char * (last - first + _WORD)).from_address(first)
-    memory = numpy.frombuffer(span, dtype=numpy.int32)
+    span = (ctypes.c_int32 * ((last - first) // _WORD + 1)).from_address(first)
+    memory = numpy.ctypeslib.as_array(span)
     index = (numpy.array(words, dtype=numpy.int64) - first) // _WORD
     now = numpy.empty(len(words), dtype=numpy.int32)
 
