@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Generator
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils import _pytree as pytree
 
 from normfuse.errors import CaptureError
 
@@ -55,6 +56,20 @@ def _reads_inputs(exported: ExportedProgram, item: Any) -> bool:
             seen.add(node)
             pending.extend(node.all_input_nodes)
     return False
+
+
+def refuse_changed_objects(model: nn.Module, before: list[Any], inputs: Any, result: Any) -> None:
+    """Raises `CaptureError` where the call has put other tensors into its inputs (lists, dicts, caches) and does not return
+    them: an optimized model leaves its inputs as they are."""
+    known = {id(each) for each in (*before, *pytree.tree_leaves(result))}
+    args, kwargs = inputs
+    for name, given in (*enumerate(args), *kwargs.items()):
+        leaves = (leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor))
+        if any(leaf.numel() and id(leaf) not in known for leaf in leaves):
+            raise CaptureError(
+                f"{type(model).__name__} puts another tensor into its input {name!r} when called and does not return it: "
+                "an optimized model leaves its inputs as they are -- return it from forward()"
+            )
 
 
 @contextlib.contextmanager

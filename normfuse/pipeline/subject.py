@@ -14,7 +14,7 @@ from normfuse.capture.export import captures
 from normfuse.errors import CaptureError, VerificationError
 from normfuse.graph.program import Program
 from normfuse.progress import say
-from normfuse.verification.trials import NothingCompared, Trials, make_trials, original_run
+from normfuse.verification.trials import NothingCompared, Trials, make_trials, original_run, run_as_given
 
 Model = nn.Module | ExportedProgram
 
@@ -62,7 +62,8 @@ def _check_outputs(program: Program) -> None:
 def _trials(model: Model, captured: Program, args: Any, kwargs: Any, count: int) -> Trials:
     runnable, args, kwargs = as_runnable(model, args, kwargs)
     example = captured.signature.flatten(tuple(args), kwargs or {})
-    return make_trials(captured, original_run(runnable, captured), example, count)
+    as_given = run_as_given(runnable, args, kwargs)
+    return make_trials(captured, original_run(runnable, captured), example, count, as_given)
 
 
 def example_leaves(program: Program, model: Model, args: Any, kwargs: Any) -> list[Any] | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from normfuse.errors import VerificationError
 from normfuse.evaluate.float64 import run_float64
+from normfuse.graph.carried import ADVICE, copied, lost
 from normfuse.graph.program import Program
 from normfuse.lower.torch import device_of, fastest, graph_module
 from normfuse.rewrite.record import FiringKey
@@ -177,7 +178,7 @@ class Trials:
 
     def _never_varied(self, place: int) -> bool:
         example, *others = [leaves[place] for leaves in self.inputs]
-        return isinstance(example, Tensor) and all(_same_values(example, other) for other in others)
+        return isinstance(example, Tensor) and example.numel() > 0 and all(_same_values(example, other) for other in others)
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
@@ -197,20 +198,26 @@ def _numbers(outputs: Sequence[Leaves]) -> list[int]:
     return [sum(counts) for counts in zip(*floating, strict=True)]
 
 
-def make_trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
+def make_trials(
+    captured: Program, original: Run, example: Leaves, count: int, as_given: Callable[[], Leaves] | None = None
+) -> Trials:
     """Draw inputs and run the original on them, in its own dtype and (its captured program) in float64.
+
+    `as_given` is the original on the example as the user gave it, objects and all: what is compared for the example.
 
     A sequence of one and an empty batch, where the model takes them and the captured program does the same, are allowed
     from then on: torch assumes "at least 2" of every free size, but seldom relies on it.
     Raises `NothingCompared` if that gives no number, another `VerificationError` if capture itself has changed the function.
     """
-    trials = _trials(captured, original, example, count)
+    trials = _trials(captured, original, example, count, as_given)
     for names, leaves in least(captured.signature, example):
         _try_few(trials, names, leaves)
     return trials
 
 
-def _trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
+def _trials(
+    captured: Program, original: Run, example: Leaves, count: int, as_given: Callable[[], Leaves] | None
+) -> Trials:
     outcomes: dict[int, Leaves] = {}
     tried: list[Leaves] = []
 
@@ -224,6 +231,8 @@ def _trials(captured: Program, original: Run, example: Leaves, count: int) -> Tr
         return True
 
     def run(leaves: Leaves) -> Leaves:
+        if leaves is example and as_given is not None and id(leaves) not in outcomes:
+            outcomes[id(leaves)] = as_given()
         known = outcomes.get(id(leaves))
         return known if known is not None else original(cloned(leaves))
 
@@ -292,6 +301,21 @@ def original_run(model: nn.Module, captured: Program) -> Run:
         args, kwargs = pytree.tree_unflatten(leaves, captured.signature.in_spec)
         with torch.no_grad():
             return list(pytree.tree_leaves(model(*args, **kwargs)))
+
+    return run
+
+
+def run_as_given(model: nn.Module, args: Any, kwargs: Any) -> Callable[[], Leaves]:
+    """The user's own model on copies of the user's own objects. Raises `VerificationError` if its outputs lose state."""
+    from torch.utils import _pytree as pytree
+
+    def run() -> Leaves:
+        given, named = copied((tuple(args), dict(kwargs or {})))
+        with torch.no_grad():
+            result = model(*given, **named)
+        if why := lost(result, "output"):
+            raise VerificationError(f"outputs lose state when they are taken apart: {why}: {ADVICE}")
+        return list(pytree.tree_leaves(result))
 
     return run
 
