@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normfuse.capture.export import capture, captures
-from normfuse.errors import CaptureError
+from normfuse.errors import CaptureError, own_errors
 from normfuse.graph.program import Program
 from normfuse.inventory.inventory import Inventory, take_inventory
 from normfuse.lower.choose import check_backend, choose, executable
@@ -46,6 +46,7 @@ def pass_table() -> tuple[Rule, ...]:
     return (*TABLE, *(point.load() for point in entry_points(group="normfuse.passes")))
 
 
+@own_errors
 def optimize(
     model: Model,
     args: tuple[Any, ...] = (),
@@ -117,6 +118,7 @@ def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any, ma
     optimized.report.notes += chosen.notes()
 
 
+@own_errors
 def optimize_flat(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -133,6 +135,7 @@ def optimize_flat(
     return graph_module(fastest(result.baked, device_of(result.baked), result.unlowered))
 
 
+@own_errors
 def optimize_(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -170,6 +173,7 @@ def optimize_(
     return report
 
 
+@own_errors
 def inspect(
     model: Model, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto"
 ) -> Inventory:
@@ -181,6 +185,7 @@ def inspect(
     return take_inventory(raised, model_name(model))
 
 
+@own_errors
 def explain(
     model: Model, pass_name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> str:
@@ -196,6 +201,7 @@ def explain(
     return explanation(captured, pass_table(), rule, model_name(model))
 
 
+@own_errors
 def verify(
     reference: Model,
     candidate: Model,
@@ -236,6 +242,7 @@ def load(path: str | Path) -> Optimized:
     return Optimized.load(path)
 
 
+@own_errors
 def export_onnx(
     model: Model | Optimized,
     path: str | Path,

@@ -15,7 +15,7 @@ from torch import fx
 from normfuse.analysis import Facts
 from normfuse.analysis.axes import carried_operands
 from normfuse.analysis.projections import TRANSPOSED, Projection, projection
-from normfuse.graph.node import argument, aten, is_op, op_name, rank, readers, shape, site
+from normfuse.graph.node import argument, aten, is_op, op_name, rank, readers, shape, site, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.rewrite import Editor, Exactness, Transform, Value
@@ -97,7 +97,8 @@ def _scaled_projection(found: Projection, scale: Value, shift: Value, edit: Edit
     changed: dict[str, Value | None] = {found.weight_name: _scale_outputs(weight, scale, found)}
     if found.bias_name is None:
         return edit.rebuild(found.node, **changed) + bias
-    return edit.rebuild(found.node, **changed, **{found.bias_name: bias})
+    new = bias.to(value(found.weight).dtype)  # a norm kept in float32 behind a half projection
+    return edit.rebuild(found.node, **changed, **{found.bias_name: new})
 
 
 def _scale_outputs(weight: Value, scale: Value, found: Projection) -> Value:

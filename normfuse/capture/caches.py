@@ -97,9 +97,9 @@ def _stand_in(layer: Any, keys: Tensor, length: Any) -> Tensor:
     """
     if isinstance(keys, FakeTensor) or not isinstance(length, int):
         return keys.new_empty((keys.shape[0], 0, length))
-    known = _stand_ins.get(layer)
-    if known is None or known.shape != (keys.shape[0], 0, length) or (known.dtype, known.device) != (keys.dtype, keys.device):
-        known = _stand_ins[layer] = keys.new_empty((keys.shape[0], 0, length))
+    known, shape = _stand_ins.get(layer), (keys.shape[0], 0, length)
+    if known is None or known.shape != shape or known.dtype != keys.dtype or known.device != keys.device:
+        known = _stand_ins[layer] = keys.new_empty(shape)
     return known
 
 

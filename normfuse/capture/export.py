@@ -25,7 +25,14 @@ from torch.utils import _pytree as pytree
 
 from normfuse.capture.caches import support_transformers_caches
 from normfuse.capture.canonical import from_exported
-from normfuse.capture.effects import left_as_it_is, refuse_changed_objects
+from normfuse.capture.effects import (
+    attributes_put_back,
+    left_as_it_is,
+    random_sites,
+    refuse_changed_objects,
+    tensors_of,
+    written_to,
+)
 from normfuse.capture.fixed import fixed_sizes, notes_of
 from normfuse.capture.shapes import IMAGE_RANK, Attempt, CallCounter, Shapes, attempts, every_input_named
 from normfuse.errors import CaptureError, InputError
@@ -112,11 +119,13 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         return Counter()
     try:
         given, named = copied((args, kwargs))
-        before = pytree.tree_leaves((given, named))
-        with torch.no_grad(), left_as_it_is(model), CallCounter() as counter:
+        before = tensors_of((given, named))
+        with torch.no_grad(), left_as_it_is(model) as written, CallCounter() as counter:
             result = model(*given, **named)
     except Exception as error:
         raise CaptureError(_explain(model, error, "does not run on the example")) from error
+    if written:
+        raise CaptureError(written_to(written[0]))
     refuse_changed_objects(model, before, (given, named), result)
     return counter.calls
 
@@ -165,17 +174,19 @@ def _export(
 ) -> Program:
     with TRACING:
         try:
-            with warnings.catch_warnings(), _quiet_exporter(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with _quiet_exporter(), torch.no_grad(), attributes_put_back(model):
                 exported = torch.export.export(
                     model, attempt.args, attempt.kwargs, dynamic_shapes=attempt.shapes, strict=False
                 )
+                program = from_exported(exported)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(_explain(model, error, "could not be captured")) from error
-        program = from_exported(exported)
     fixed = fixed_sizes(program, exported, reason, earlier)
     program.signature = replace(program.signature, parameters=parameters, fixed=fixed)
-    program.notes = tuple(notes_of(fixed, program.signature.numbers()))
+    drawn = [f"the model draws random numbers ({each})" for each in random_sites(program)]
+    program.notes = (*notes_of(fixed, program.signature.numbers()), *drawn)
     return program
 
 
@@ -190,7 +201,9 @@ def _quiet_exporter() -> Generator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

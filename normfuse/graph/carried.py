@@ -23,7 +23,7 @@ def has_objects(spec: pytree.TreeSpec) -> bool:
 
 
 def copied(tree: Any) -> Any:
-    """The same objects once more, with tensors of their own: results of other models cannot be copied by `deepcopy` alone."""
+    """The same objects once more, with tensors of their own: `deepcopy` refuses what a model computed."""
     leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
     return copy.deepcopy(tree, {id(leaf): leaf.detach().clone() for leaf in leaves})
 

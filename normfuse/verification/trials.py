@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.errors import VerificationError
+from normfuse.errors import CaptureError, VerificationError, first_line
 from normfuse.evaluate.float64 import run_float64
 from normfuse.graph.carried import ADVICE, copied, lost
 from normfuse.graph.program import Program
@@ -68,13 +68,16 @@ class Trials:
     whole: list[Leaves] = field(default_factory=list[Leaves])
     whole_original: list[Leaves] = field(default_factory=list[Leaves])
     """Compared in the model's own dtype: the example, where a part of it stands among `inputs`, and very small ones."""
+    exhausted: bool = False
+    """The model takes no other inputs."""
     _sensitivity: list[float] | None = None
 
     def draw(self, count: int) -> None:
         """Add trials. Raises `VerificationError` if the captured program does not run where the model does."""
         new = list(islice(self.source, count))
+        self.exhausted = len(new) < count
         self.original += [self.run(leaves) for leaves in new]
-        self.reference64 += _certain(lambda: run_float64(self.captured, new))
+        self.reference64 += _certain(lambda: run_float64(self.captured, new)) if new else []
         self.inputs += new
 
     def judge(self, error64: float, candidate: RunAll, limit64: float = EXACT) -> Verification:
@@ -144,10 +147,10 @@ class Trials:
             return False
         count = len(self.inputs)
         self.draw(min(count, MOST - count))
-        return True
+        return len(self.inputs) > count
 
     def _may_widen(self) -> bool:
-        return len(self.inputs) < MOST and min(_numbers(self.original), default=ENOUGH) < ENOUGH
+        return not self.exhausted and len(self.inputs) < MOST and min(_numbers(self.original), default=ENOUGH) < ENOUGH
 
     def sensitivity(self) -> list[float]:
         """What rounding the weights does to each output: measured once, on the smallest trials that are enough."""
@@ -306,18 +309,33 @@ def original_run(model: nn.Module, captured: Program) -> Run:
 
 
 def run_as_given(model: nn.Module, args: Any, kwargs: Any) -> Callable[[], Leaves]:
-    """The user's own model on copies of the user's own objects. Raises `VerificationError` if its outputs lose state."""
+    """The user's own model on copies of the user's own objects.
+
+    Raises `CaptureError` if it does not run, `VerificationError` if its outputs lose state.
+    """
     from torch.utils import _pytree as pytree
 
     def run() -> Leaves:
-        given, named = copied((tuple(args), dict(kwargs or {})))
-        with torch.no_grad():
-            result = model(*given, **named)
+        try:
+            given, named = copied((tuple(args), dict(kwargs or {})))
+            with torch.no_grad():
+                result = model(*given, **named)
+        except Exception as error:
+            why = f"{type(model).__name__} does not run on the example: {type(error).__name__} {first_line(error)}"
+            raise CaptureError(f"{why} -- check that model(*args, **kwargs) runs with these example inputs") from error
         if why := lost(result, "output"):
             raise VerificationError(f"outputs lose state when they are taken apart: {why}: {ADVICE}")
         return list(pytree.tree_leaves(result))
 
     return run
+
+
+def same_twice(run: Callable[[], Leaves]) -> bool:
+    """Does the model give the same twice?"""
+    try:
+        return max(relative_error([run()], [run()]), default=0.0) < EXACT
+    except Mismatch:
+        return False
 
 
 def cloned(leaves: Leaves) -> Leaves:
