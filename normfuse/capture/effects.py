@@ -110,24 +110,33 @@ def left_as_it_is(model: nn.Module) -> Generator[list[str]]:
 
     The buffers that were written to, by name, stand in the list afterwards: held by an attribute, they are no copies.
     """
-    modules = list(model.modules())
-    buffers = [dict(module._buffers) for module in modules]
-    own = {name: (b, b.clone(), _version(b)) for name, b in model.named_buffers()}
-    for module in modules:
-        module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
-    copies = {name: (b, _version(b)) for name, b in model.named_buffers(remove_duplicate=False)}
     written: list[str] = []
-    try:
-        with attributes_put_back(model):
+    with buffers_put_back(model, written), attributes_put_back(model):
+        modules = list(model.modules())
+        buffers = [dict(module._buffers) for module in modules]
+        for module in modules:
+            module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
+        copies = {name: (b, _version(b)) for name, b in model.named_buffers(remove_duplicate=False)}
+        try:
             yield written
+        finally:
+            written += [name for name, (b, version) in copies.items() if _version(b) != version]
+            for module, before in zip(modules, buffers, strict=True):
+                module._buffers.clear()
+                module._buffers.update(before)
+
+
+@contextlib.contextmanager
+def buffers_put_back(model: nn.Module, written: list[str] | None = None) -> Generator[None]:
+    """The buffers have the same values after as before; the names of those that were written to go to `written`."""
+    own = {name: (b, b.clone(), _version(b)) for name, b in model.named_buffers()}
+    try:
+        yield
     finally:
-        written += [name for name, (b, version) in copies.items() if _version(b) != version]
-        for module, before in zip(modules, buffers, strict=True):
-            module._buffers.clear()
-            module._buffers.update(before)
         for name, (buffer, value, version) in own.items():
             if _version(buffer) != version:
-                written.append(name)
+                if written is not None:
+                    written.append(name)
                 with torch.no_grad():
                     buffer.copy_(value)
 

@@ -27,6 +27,7 @@ from normfuse.capture.caches import support_transformers_caches
 from normfuse.capture.canonical import from_exported
 from normfuse.capture.effects import (
     attributes_put_back,
+    buffers_put_back,
     left_as_it_is,
     random_sites,
     refuse_changed_objects,
@@ -174,7 +175,7 @@ def _export(
 ) -> Program:
     with TRACING:
         try:
-            with _quiet_exporter(), torch.no_grad(), attributes_put_back(model):
+            with _quiet_exporter(), torch.no_grad(), attributes_put_back(model), buffers_put_back(model):
                 exported = torch.export.export(
                     model, attempt.args, attempt.kwargs, dynamic_shapes=attempt.shapes, strict=False
                 )
