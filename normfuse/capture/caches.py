@@ -12,8 +12,9 @@ import weakref
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses import FakeTensor
+from torch.fx._pytree import register_pytree_flatten_spec
 from torch.utils import _pytree as pytree
 
 _CLASSES = ("DynamicCache", "StaticCache", "EncoderDecoderCache")
@@ -36,7 +37,7 @@ def support_transformers_caches() -> None:
                 kind, _flatten, _unflatten,
                 serialized_type_name=f"{kind.__module__}.{kind.__name__}", flatten_with_keys_fn=_flatten_with_keys,
             )  # fmt: skip
-            fx._pytree.register_pytree_flatten_spec(kind, lambda cache, spec: _flatten(cache)[0])
+            register_pytree_flatten_spec(kind, lambda cache, spec: _flatten(cache)[0])
 
 
 def _flatten(cache: Any) -> tuple[list[Tensor], Any]:

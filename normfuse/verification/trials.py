@@ -68,7 +68,7 @@ class Trials:
     whole: list[Leaves] = field(default_factory=list[Leaves])
     whole_original: list[Leaves] = field(default_factory=list[Leaves])
     """Compared in the model's own dtype: the example, where a part of it stands among `inputs`, and very small ones."""
-    exhausted: bool = False
+    exhausted: bool = field(default=False, kw_only=True)
     """The model takes no other inputs."""
     _sensitivity: list[float] | None = None
 

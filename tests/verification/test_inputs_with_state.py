@@ -27,11 +27,14 @@ class Told(Memory):
 
 
 def _register(kind: type[Memory], context: Any, back: Any) -> None:
+    def with_keys(memory: Any) -> tuple[list[tuple[Any, Any]], Any]:
+        return [(pytree.GetAttrKey("h"), memory.h)], context(memory)
+
     pytree.register_pytree_node(
         kind,
         lambda m: ([m.h], context(m)),
         back,
-        flatten_with_keys_fn=lambda m: ([(pytree.GetAttrKey("h"), m.h)], context(m)),
+        flatten_with_keys_fn=with_keys,
     )
 
 

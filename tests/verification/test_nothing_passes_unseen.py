@@ -90,6 +90,9 @@ def test_python_state_is_seen_and_left_as_it_was(kind: Any) -> None:
 class Held(Base):
     """Buffers held by a list, too: no copy stands in for them."""
 
+    keys: Tensor
+    n: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("keys", torch.zeros(3, 4, 6))
@@ -162,7 +165,7 @@ def test_the_example_suffices_for_a_model_that_checks_its_inputs(kind: Any, exam
     made = verb(model, example)
     got = (made if isinstance(made, nn.Module) else model)(*example)
     assert torch.dist(got, wanted) <= 1e-5 * wanted.norm()
-    verification = getattr(made, "report", made).verification
+    verification: Any = getattr(made, "report", made).verification
     assert verification
     if kind is Only:
         assert "compared on the example alone" in verification.notes
