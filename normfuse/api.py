@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from normfuse.capture.export import capture, captures
-from normfuse.errors import CaptureError
+from normfuse.errors import CaptureError, own_errors
 from normfuse.graph.program import Program
 from normfuse.graph.signature import Signature
 from normfuse.inventory.inventory import Inventory, take_inventory
@@ -48,6 +48,7 @@ def pass_table() -> tuple[Rule, ...]:
     return (*TABLE, *(point.load() for point in entry_points(group="normfuse.passes")))
 
 
+@own_errors
 def optimize(
     model: Model,
     args: tuple[Any, ...] = (),
@@ -125,6 +126,7 @@ def _take_fastest(optimized: Optimized, model: Model, args: Any, kwargs: Any, ma
     optimized.report.notes += chosen.notes()
 
 
+@own_errors
 def optimize_flat(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -144,6 +146,7 @@ def optimize_flat(
     return graph_module(fastest(result.baked, device_of(result.baked), result.unlowered)), result.baked.signature
 
 
+@own_errors
 def optimize_(
     model: nn.Module,
     args: tuple[Any, ...] = (),
@@ -181,6 +184,7 @@ def optimize_(
     return report
 
 
+@own_errors
 def inspect(
     model: Model, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic_shapes: Any = "auto"
 ) -> Inventory:
@@ -192,6 +196,7 @@ def inspect(
     return take_inventory(raised, model_name(model))
 
 
+@own_errors
 def explain(
     model: Model, pass_name: str, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
 ) -> str:
@@ -207,6 +212,7 @@ def explain(
     return explanation(captured, pass_table(), rule, model_name(model))
 
 
+@own_errors
 def verify(
     reference: Model,
     candidate: Model,
@@ -247,6 +253,7 @@ def load(path: str | Path) -> Optimized:
     return Optimized.load(path)
 
 
+@own_errors
 def export_onnx(
     model: Model | Optimized,
     path: str | Path,

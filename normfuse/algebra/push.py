@@ -266,7 +266,9 @@ def _given_by_projection(edit: Editor, found: Projection, scale: Factor | None, 
     if found.bias_name is None:
         out = edit.rebuild(found.node, **changed)
         return out if bias is None else out + bias.to(value(found.node).dtype)
-    return edit.rebuild(found.node, **changed, **({} if bias is None else {found.bias_name: bias}))
+    # A norm may be kept in float32 behind a projection in half precision.
+    narrowed = {} if bias is None else {found.bias_name: bias.to(value(found.weight).dtype)}
+    return edit.rebuild(found.node, **changed, **narrowed)
 
 
 def scale_outputs(weight: Value, found: Projection, scale: Factor) -> Value:

@@ -8,11 +8,9 @@ back step by step; why a size is fixed stands in the program's notes.
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import io
 import logging
-import sys
 import traceback
 import warnings
 from collections import Counter
@@ -25,11 +23,21 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from normfuse.capture.caches import support_transformers_caches
 from normfuse.capture.canonical import from_exported
-from normfuse.capture.effects import left_as_it_is
+from normfuse.capture.effects import (
+    attributes_put_back,
+    buffers_put_back,
+    left_as_it_is,
+    random_sites,
+    refuse_changed_objects,
+    tensors_of,
+    written_to,
+)
 from normfuse.capture.fixed import fixed_sizes, notes_of
 from normfuse.capture.shapes import IMAGE_RANK, Attempt, CallCounter, Shapes, attempts, every_input_named
 from normfuse.errors import CaptureError, InputError
+from normfuse.graph.carried import ADVICE, copied, lost
 from normfuse.graph.program import Program
 from normfuse.graph.signature import bind
 from normfuse.ops.tracing import TRACING
@@ -75,9 +83,13 @@ def captures(
         positional, named = bind(parameters, args, kwargs or {})
     except InputError as error:
         raise CaptureError(f"{type(model).__name__}: {error}") from None
-    _support_transformers_caches(model)
+    support_transformers_caches()
+    if why := lost(positional, "args") or lost(named):
+        raise CaptureError(f"{type(model).__name__}: its inputs lose state when they are taken apart: {why} -- {ADVICE}")
+    given = (*positional, *named.values())
+    mutable = any(not isinstance(each, Tensor | int | float | str | tuple | None) for each in given)
     images = any(t.dim() >= IMAGE_RANK and t.is_floating_point() for t in _tensors(positional, named))
-    calls = _run_once(model, positional, named) if images else Counter()
+    calls = _run_once(model, positional, named) if images or mutable else Counter()
     failure: CaptureError | None = None
     made = 0
     earlier: Mapping[str, str] = {}
@@ -89,7 +101,7 @@ def captures(
                 earlier = program.signature.fixed
                 program.signature.flatten(args, kwargs or {})
             except (CaptureError, InputError) as error:
-                if failure is None and not images:
+                if failure is None and not (images or mutable):
                     _run_once(model, positional, named)  # its own error says more than the exporter's
                 failure = failure or CaptureError(str(error))
                 continue
@@ -106,12 +118,16 @@ def _run_once(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """
     if any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers(), *_tensors(args, kwargs))):
         return Counter()
-    given, named = copy.deepcopy((args, kwargs))
     try:
-        with torch.no_grad(), left_as_it_is(model), CallCounter() as counter:
-            model(*given, **named)
+        given, named = copied((args, kwargs))
+        before = tensors_of((given, named))
+        with torch.no_grad(), left_as_it_is(model) as written, CallCounter() as counter:
+            result = model(*given, **named)
     except Exception as error:
         raise CaptureError(_explain(model, error, "does not run on the example")) from error
+    if written:
+        raise CaptureError(written_to(written[0]))
+    refuse_changed_objects(model, before, (given, named), result)
     return counter.calls
 
 
@@ -151,16 +167,6 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
         return None
 
 
-def _support_transformers_caches(model: nn.Module) -> None:
-    """Transformers returns cache objects; it can describe them to pytree itself, but only when asked."""
-    if "transformers" not in sys.modules or not type(model).__module__.startswith("transformers"):
-        return
-    with contextlib.suppress(ImportError, AttributeError, ValueError):
-        from transformers.integrations.executorch import register_dynamic_cache_export_support
-
-        register_dynamic_cache_export_support()
-
-
 # -- export -------------------------------------------------------------------------------------------------------
 
 
@@ -169,17 +175,19 @@ def _export(
 ) -> Program:
     with TRACING:
         try:
-            with warnings.catch_warnings(), _quiet_exporter(), contextlib.redirect_stderr(io.StringIO()), torch.no_grad():
-                warnings.simplefilter("ignore")
+            with _quiet_exporter(), torch.no_grad(), attributes_put_back(model), buffers_put_back(model):
                 exported = torch.export.export(
                     model, attempt.args, attempt.kwargs, dynamic_shapes=attempt.shapes, strict=False
                 )
+                program = from_exported(exported)
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(_explain(model, error, "could not be captured")) from error
-        program = from_exported(exported)
     fixed = fixed_sizes(program, exported, reason, earlier)
     program.signature = replace(program.signature, parameters=parameters, fixed=fixed)
-    program.notes = tuple(notes_of(fixed, program.signature.numbers()))
+    drawn = [f"the model draws random numbers ({each})" for each in random_sites(program)]
+    program.notes = (*notes_of(fixed, program.signature.numbers()), *drawn)
     return program
 
 
@@ -194,7 +202,9 @@ def _quiet_exporter() -> Generator[None]:
     for logger in loggers:
         logger.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

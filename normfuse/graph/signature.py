@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from normfuse.errors import InputError
+from normfuse.graph.carried import ADVICE, has_objects, lost
 from normfuse.graph.conditions import Condition, unmet
 
 
@@ -65,8 +66,14 @@ class Signature:
         leaves, spec = pytree.tree_flatten((bound_args, {k: bound_kwargs[k] for k in wanted}))
         if spec != self.in_spec:
             raise InputError(f"inputs are nested as {spec}, but the program was captured with {self.in_spec}")
+        if self._has_objects and (why := lost(bound_args) or lost(dict(bound_kwargs))):
+            raise InputError(f"inputs lose state when they are taken apart: {why}: {ADVICE}")
         self.check(leaves)
         return leaves
+
+    @cached_property
+    def _has_objects(self) -> bool:
+        return has_objects(self.in_spec)
 
     @cached_property
     def _flat_names(self) -> tuple[tuple[str, ...], tuple[str, ...]] | None:

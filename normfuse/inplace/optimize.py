@@ -15,7 +15,9 @@ from normfuse.inplace.plan import Plan, plan_write_back
 from normfuse.inplace.write import write_back
 from normfuse.pipeline.run import Pipeline, Result, detached
 from normfuse.rewrite import Exactness, Phase
+from normfuse.rewrite.driver import RuleError
 from normfuse.rewrite.record import FiringKey, Log, Refusal
+from normfuse.verification.bisect import to_blame
 from normfuse.verification.numerics import EXACT, Mismatch, Verification, relative_error
 from normfuse.verification.trials import Run, Trials
 from normfuse.weights.program import WeightProgram, evaluate, sources_of
@@ -60,8 +62,12 @@ def _writable(
     old = cleaner.rewrite(raised, Log())
 
     def attempt(excluded: frozenset[FiringKey]) -> tuple[Plan, Log]:
-        log = Log(excluded=excluded)
-        return plan_write_back(model, old, pipeline.rewrite(raised, log)), log
+        while True:
+            log = Log(excluded=excluded)
+            try:
+                return plan_write_back(model, old, pipeline.rewrite(raised, log)), log
+            except RuleError as bug:
+                excluded |= {to_blame(log, bug)}
 
     excluded: frozenset[FiringKey] = frozenset()
     refusals: dict[Refusal, None] = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from normfuse.analysis.zero_mean import mark_zero_mean
-from normfuse.errors import VerificationError
+from normfuse.errors import NormfuseError, VerificationError
 from normfuse.graph.program import Program
 from normfuse.lower.torch import device_of, torch_target
 from normfuse.ops.tracing import TRACING
@@ -18,9 +18,9 @@ from normfuse.pipeline.check import check64
 from normfuse.progress import say
 from normfuse.recognise import RULES
 from normfuse.rewrite import Rule
-from normfuse.rewrite.driver import run_passes
+from normfuse.rewrite.driver import RuleError, run_passes
 from normfuse.rewrite.record import FiringKey, Log, Refusal
-from normfuse.verification.bisect import WrongBefore, settle
+from normfuse.verification.bisect import WrongBefore, settle, to_blame
 from normfuse.verification.numerics import Verification
 from normfuse.verification.trials import Trials, run_native
 from normfuse.weights.bake import bake
@@ -68,9 +68,18 @@ class Pipeline:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
     def raise_(self, log: Log | None = None) -> tuple[Program, Log]:
-        with TRACING, self.timed("raise"):
-            program = self.captured.copy()
-            return program, run_passes(program, RULES, log or Log(excluded=self.not_raised))
+        while True:
+            books = log or Log(excluded=self.not_raised)
+            try:
+                with TRACING, self.timed("raise"):
+                    program = self.captured.copy()
+                    return program, run_passes(program, RULES, books)
+            except RuleError as bug:
+                if log is not None:
+                    raise
+                key = to_blame(books, bug)
+                self.not_raised |= {key}
+                self.rolled_back.append(Refusal(key[0], books.sites[key], f"rolled back, {bug}"))
 
     def rewrite(self, raised: Program, log: Log) -> Program:
         with TRACING, self.timed("passes"):
@@ -117,8 +126,13 @@ class Pipeline:
         unbaked.settled = settled_buffers(self.captured, unbaked)
         with TRACING, self.timed("bake"):
             baked, ledger = bake(unbaked, lambda name: say(f"bake {name}"))
-        with self.timed("verify"):
-            verification = self._judge(baked, error64, trials)
+        try:
+            with self.timed("verify"):
+                verification = self._judge(baked, error64, trials)
+        except NormfuseError:
+            raise
+        except Exception as failure:  # what does not run in the model's own dtype is wrong
+            return f"the rewritten program fails: {failure!r:.200}"
         self._made = baked, ledger, verification
         return "" if verification is None or verification.equivalent else verification.reason
 

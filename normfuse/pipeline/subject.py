@@ -10,11 +10,12 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.export import ExportedProgram
 
+from normfuse.capture.effects import attributes_put_back, random_sites
 from normfuse.capture.export import captures
 from normfuse.errors import CaptureError, VerificationError
 from normfuse.graph.program import Program
 from normfuse.progress import say
-from normfuse.verification.trials import NothingCompared, Trials, make_trials, original_run
+from normfuse.verification.trials import NothingCompared, Trials, make_trials, original_run, run_as_given, same_twice
 
 Model = nn.Module | ExportedProgram
 
@@ -38,7 +39,8 @@ def capture_and_try(
         say("running the original, also in float64")
         started = time.perf_counter()
         try:
-            tried = _trials(model, captured, args, kwargs, trials) if trials else None
+            with attributes_put_back(model):
+                tried = _trials(model, captured, args, kwargs, trials) if trials else None
         except NothingCompared:
             raise
         except VerificationError as error:
@@ -62,7 +64,13 @@ def _check_outputs(program: Program) -> None:
 def _trials(model: Model, captured: Program, args: Any, kwargs: Any, count: int) -> Trials:
     runnable, args, kwargs = as_runnable(model, args, kwargs)
     example = captured.signature.flatten(tuple(args), kwargs or {})
-    return make_trials(captured, original_run(runnable, captured), example, count)
+    as_given = run_as_given(runnable, args, kwargs)
+    if (drawn := random_sites(captured)) and not same_twice(as_given):
+        raise VerificationError(
+            f"the model draws random numbers ({drawn[0]}), so that no two runs can be compared: call model.eval(), pass "
+            "them as an input, or verify=False"
+        )
+    return make_trials(captured, original_run(runnable, captured), example, count, as_given)
 
 
 def example_leaves(program: Program, model: Model, args: Any, kwargs: Any) -> list[Any] | None:

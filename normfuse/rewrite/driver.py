@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 
 from normfuse.analysis import Facts
+from normfuse.errors import NormfuseError
 from normfuse.graph.node import is_op, site, source_line
 from normfuse.graph.program import Program
 from normfuse.graph.roles import constants
@@ -21,8 +22,12 @@ from normfuse.rewrite.rule import Match, Refused, Rewrite, Rule, Transform
 _MAX_SWEEPS = 32
 
 
-class RuleError(RuntimeError):
+class RuleError(NormfuseError, RuntimeError):
     """A bug in a rule: which one, at which node and line."""
+
+    def __init__(self, rule: str, message: str) -> None:
+        super().__init__(message)
+        self.rule = rule
 
 
 def run_passes(
@@ -67,7 +72,8 @@ def _sweep_to_fixpoint(program: Program, rule: Rewrite, facts: Facts, edit: Edit
                 fired = node
         if fired is None:
             return
-    raise RuleError(f"{rule.name} keeps firing, last at {site(fired or program.output)}: it undoes itself or feeds itself")
+    last = site(fired or program.output)
+    raise RuleError(rule.name, f"{rule.name} keeps firing, last at {last}: it undoes itself or feeds itself")
 
 
 def _try(rule: Rewrite, node: fx.Node, facts: Facts, edit: Editor, log: Log, named: bool) -> bool:
@@ -113,4 +119,5 @@ def _guarded(rule: Rule, node: fx.Node, action: object) -> None:
         raise
     except Exception as error:
         where = source_line(node) or "no source line"
-        raise RuleError(f"{rule.name} failed at {site(node)} [{node.name}, {where}]: {error!r}") from error
+        why = f"{rule.name} failed at {site(node)} [{node.name}, {where}]: {error!r:.200}"
+        raise RuleError(rule.name, f"{why}; disable={[rule.name]} leaves it out") from error

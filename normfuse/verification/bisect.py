@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from normfuse.graph.program import Program
 from normfuse.progress import say
+from normfuse.rewrite.driver import RuleError
 from normfuse.rewrite.record import FiringKey, Log, Refusal
 
 Build = Callable[[Log], Program]
@@ -50,6 +51,13 @@ class WrongBefore(Exception):
         self.problem = problem
 
 
+def to_blame(log: Log, bug: RuleError) -> FiringKey:
+    """The firing in which a rule has failed. Raises the error itself where it was none."""
+    if not log.permits or log.permits[-1][0] != bug.rule:
+        raise bug
+    return log.permits[-1]
+
+
 def settle(build: Build, wrong: Callable[[Program], str], excluded: frozenset[FiringKey] = frozenset()) -> Settled:
     """Build until nothing is wrong: of what is wrong the guilty firing is found, excluded from then on, and named.
 
@@ -58,7 +66,13 @@ def settle(build: Build, wrong: Callable[[Program], str], excluded: frozenset[Fi
     rolled_back: list[Refusal] = []
     while True:
         log = Log(excluded=excluded)
-        program = build(log)
+        try:
+            program = build(log)
+        except RuleError as bug:  # what cannot be rewritten is left as it was
+            key = to_blame(log, bug)
+            rolled_back.append(Refusal(key[0], log.sites[key], f"rolled back, {bug}"))
+            excluded |= {key}
+            continue
         problem = wrong(program)
         if not problem:
             return Settled(program, log, excluded, rolled_back)

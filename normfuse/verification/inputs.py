@@ -33,7 +33,10 @@ def least(signature: Signature, example: Leaves) -> Iterator[tuple[set[str], Lea
 
 
 def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], bool]) -> Iterator[Leaves]:
-    """The example; then without end other values, at other (smaller) sizes where the signature and the model allow them."""
+    """The example; then other values, at other (smaller) sizes where the signature and the model allow them.
+
+    Without end, unless the model takes no other values than the example's.
+    """
     yield example
     generator = torch.Generator().manual_seed(20_240_229)
     bold = True
@@ -43,8 +46,22 @@ def draws(signature: Signature, example: Leaves, accepts: Callable[[Leaves], boo
             yield found
         else:
             bold = False  # what the model refuses once it is not asked again
-            resized = _resized(signature, drawn, shrink=trial)
-            yield resized if resized is not None and accepts(resized) else drawn
+            found = next(filter(accepts, _plain_draws(signature, example, drawn, trial)), None)
+            if found is None:
+                return
+            yield found
+
+
+def _plain_draws(signature: Signature, example: Leaves, drawn: Leaves, trial: int) -> Iterator[Leaves]:
+    """Other values at other sizes, at the example's, and with its integers where they are: the boldest first."""
+    resized = _resized(signature, drawn, shrink=trial)
+    if resized is not None:
+        yield resized
+    yield drawn
+    pairs = zip(example, drawn, strict=True)
+    floats = [d if isinstance(g, Tensor) and g.is_floating_point() else g for g, d in pairs]
+    if any(one is not other for one, other in zip(floats, example, strict=True)):
+        yield floats
 
 
 def _flipped(
@@ -64,7 +81,10 @@ def _flipped(
 
 
 def _redraw(given: Any, generator: torch.Generator) -> Any:
-    """Values like the example's: floats of its mean and spread, integers of its range; what only `_flip` may vary stays."""
+    """Values like the example's: floats of its mean and spread, its integers in another order (a model may count them).
+
+    What only `_flip` may vary stays.
+    """
     if not isinstance(given, Tensor) or given.numel() == 0 or given.dtype == torch.bool or given.is_complex():
         return given
     low, high = given.detach().amin(), given.detach().amax()
@@ -74,8 +94,8 @@ def _redraw(given: Any, generator: torch.Generator) -> Any:
         return _floats(given.detach(), generator)
     if bool(low == high) or (int(low) >= 0 and int(high) <= 1):
         return given
-    drawn = torch.randint(int(low), int(high) + 1, tuple(given.shape), generator=generator)
-    return drawn.to(given.dtype).to(given.device)
+    order = torch.randperm(given.numel(), generator=generator).to(given.device)
+    return given.detach().flatten()[order].reshape(given.shape)
 
 
 def _floats(given: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from normfuse.errors import VerificationError
+from normfuse.errors import CaptureError, VerificationError, first_line
 from normfuse.evaluate.float64 import run_float64
+from normfuse.graph.carried import ADVICE, copied, lost
 from normfuse.graph.program import Program
 from normfuse.lower.torch import device_of, fastest, graph_module
 from normfuse.rewrite.record import FiringKey
@@ -67,13 +68,16 @@ class Trials:
     whole: list[Leaves] = field(default_factory=list[Leaves])
     whole_original: list[Leaves] = field(default_factory=list[Leaves])
     """Compared in the model's own dtype: the example, where a part of it stands among `inputs`, and very small ones."""
+    exhausted: bool = field(default=False, kw_only=True)
+    """The model takes no other inputs."""
     _sensitivity: list[float] | None = None
 
     def draw(self, count: int) -> None:
         """Add trials. Raises `VerificationError` if the captured program does not run where the model does."""
         new = list(islice(self.source, count))
+        self.exhausted = len(new) < count
         self.original += [self.run(leaves) for leaves in new]
-        self.reference64 += _certain(lambda: run_float64(self.captured, new))
+        self.reference64 += _certain(lambda: run_float64(self.captured, new)) if new else []
         self.inputs += new
 
     def judge(self, error64: float, candidate: RunAll, limit64: float = EXACT) -> Verification:
@@ -143,10 +147,10 @@ class Trials:
             return False
         count = len(self.inputs)
         self.draw(min(count, MOST - count))
-        return True
+        return len(self.inputs) > count
 
     def _may_widen(self) -> bool:
-        return len(self.inputs) < MOST and min(_numbers(self.original), default=ENOUGH) < ENOUGH
+        return not self.exhausted and len(self.inputs) < MOST and min(_numbers(self.original), default=ENOUGH) < ENOUGH
 
     def sensitivity(self) -> list[float]:
         """What rounding the weights does to each output: measured once, on the smallest trials that are enough."""
@@ -177,7 +181,7 @@ class Trials:
 
     def _never_varied(self, place: int) -> bool:
         example, *others = [leaves[place] for leaves in self.inputs]
-        return isinstance(example, Tensor) and all(_same_values(example, other) for other in others)
+        return isinstance(example, Tensor) and example.numel() > 0 and all(_same_values(example, other) for other in others)
 
 
 def _same_values(one: Tensor, other: Tensor) -> bool:
@@ -197,20 +201,26 @@ def _numbers(outputs: Sequence[Leaves]) -> list[int]:
     return [sum(counts) for counts in zip(*floating, strict=True)]
 
 
-def make_trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
+def make_trials(
+    captured: Program, original: Run, example: Leaves, count: int, as_given: Callable[[], Leaves] | None = None
+) -> Trials:
     """Draw inputs and run the original on them, in its own dtype and (its captured program) in float64.
+
+    `as_given` is the original on the example as the user gave it, objects and all: what is compared for the example.
 
     A sequence of one and an empty batch, where the model takes them and the captured program does the same, are allowed
     from then on: torch assumes "at least 2" of every free size, but seldom relies on it.
     Raises `NothingCompared` if that gives no number, another `VerificationError` if capture itself has changed the function.
     """
-    trials = _trials(captured, original, example, count)
+    trials = _trials(captured, original, example, count, as_given)
     for names, leaves in least(captured.signature, example):
         _try_few(trials, names, leaves)
     return trials
 
 
-def _trials(captured: Program, original: Run, example: Leaves, count: int) -> Trials:
+def _trials(
+    captured: Program, original: Run, example: Leaves, count: int, as_given: Callable[[], Leaves] | None
+) -> Trials:
     outcomes: dict[int, Leaves] = {}
     tried: list[Leaves] = []
 
@@ -224,6 +234,8 @@ def _trials(captured: Program, original: Run, example: Leaves, count: int) -> Tr
         return True
 
     def run(leaves: Leaves) -> Leaves:
+        if leaves is example and as_given is not None and id(leaves) not in outcomes:
+            outcomes[id(leaves)] = as_given()
         known = outcomes.get(id(leaves))
         return known if known is not None else original(cloned(leaves))
 
@@ -294,6 +306,36 @@ def original_run(model: nn.Module, captured: Program) -> Run:
             return list(pytree.tree_leaves(model(*args, **kwargs)))
 
     return run
+
+
+def run_as_given(model: nn.Module, args: Any, kwargs: Any) -> Callable[[], Leaves]:
+    """The user's own model on copies of the user's own objects.
+
+    Raises `CaptureError` if it does not run, `VerificationError` if its outputs lose state.
+    """
+    from torch.utils import _pytree as pytree
+
+    def run() -> Leaves:
+        try:
+            given, named = copied((tuple(args), dict(kwargs or {})))
+            with torch.no_grad():
+                result = model(*given, **named)
+        except Exception as error:
+            why = f"{type(model).__name__} does not run on the example: {type(error).__name__} {first_line(error)}"
+            raise CaptureError(f"{why} -- check that model(*args, **kwargs) runs with these example inputs") from error
+        if why := lost(result, "output"):
+            raise VerificationError(f"outputs lose state when they are taken apart: {why}: {ADVICE}")
+        return list(pytree.tree_leaves(result))
+
+    return run
+
+
+def same_twice(run: Callable[[], Leaves]) -> bool:
+    """Does the model give the same twice?"""
+    try:
+        return max(relative_error([run()], [run()]), default=0.0) < EXACT
+    except Mismatch:
+        return False
 
 
 def cloned(leaves: Leaves) -> Leaves:
