@@ -65,7 +65,8 @@ class Signature:
             raise InputError(f"input {missing[0]!r} is missing: the program was captured with {list(wanted)}")
         leaves, spec = pytree.tree_flatten((bound_args, {k: bound_kwargs[k] for k in wanted}))
         if spec != self.in_spec:
-            raise InputError(f"inputs are nested as {spec}, but the program was captured with {self.in_spec}")
+            mine, theirs = (" ".join(str(each).split()) for each in (self.in_spec, spec))
+            raise InputError(f"inputs are nested as {theirs:.300}, but the program was captured with {mine:.300}")
         if self._has_objects and (why := lost(bound_args) or lost(dict(bound_kwargs))):
             raise InputError(f"inputs lose state when they are taken apart: {why}: {ADVICE}")
         self.check(leaves)

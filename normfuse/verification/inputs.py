@@ -95,7 +95,8 @@ def _redraw(given: Any, generator: torch.Generator) -> Any:
     if bool(low == high) or (int(low) >= 0 and int(high) <= 1):
         return given
     order = torch.randperm(given.numel(), generator=generator).to(given.device)
-    return given.detach().flatten()[order].reshape(given.shape)
+    drawn = given.detach().flatten()[order].reshape(given.shape)
+    return drawn if not torch.equal(drawn, given) else given.detach().flatten().roll(1).reshape(given.shape)
 
 
 def _floats(given: Tensor, generator: torch.Generator) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -157,9 +158,11 @@ def test_what_was_never_varied_is_named() -> None:
     assert normfuse.verify(one, one, (X, mask), trials=1).notes == ("compared on the example alone",)
 
 
-def drawn(model: nn.Module, *inputs: Tensor, refuse: bool = False) -> Iterator[list[Tensor]]:
+def drawn(
+    model: nn.Module, *inputs: Tensor, accepts: Callable[[list[Any]], bool] = lambda leaves: True
+) -> Iterator[list[Tensor]]:
     captured = capture(model, inputs)
-    return draws(captured.signature, list(inputs), lambda leaves: not refuse)
+    return draws(captured.signature, list(inputs), accepts)
 
 
 def test_a_mask_keeps_the_first_place_of_every_row() -> None:
@@ -173,11 +176,13 @@ def test_a_mask_keeps_the_first_place_of_every_row() -> None:
 
 
 def test_what_the_model_refuses_stays() -> None:
-    trials = drawn(randomised(Masked()), X, ONES, refuse=True)
+    trials = drawn(randomised(Masked()), X, ONES, accepts=lambda leaves: torch.equal(leaves[1], ONES))
     for _ in range(4):
         x, mask = next(trials)
         assert x.shape == X.shape
         assert torch.equal(mask, ONES)
+    only = drawn(randomised(Masked()), X, ONES, accepts=lambda leaves: False)
+    assert [leaves[0] is X for leaves in only] == [True]
 
 
 def test_a_constant_keeps_its_sign_and_a_varied_example_its_spread() -> None:
