@@ -19,7 +19,7 @@ from normfuse.algebra.channels import centre, map_writer
 from normfuse.algebra.means import centre_even, even_writers, share, tied_heads
 from normfuse.analysis import Facts
 from normfuse.analysis.streams import Reader, Stream, Writer, stream_of
-from normfuse.analysis.writers import writers
+from normfuse.analysis.writers import Writers, writers
 from normfuse.analysis.zero_mean import zero_mean
 from normfuse.graph.node import argument, aten, is_op, op_name, rank, same_size, shape, site, value
 from normfuse.graph.program import Program
@@ -61,7 +61,7 @@ def _centre(program: Program, facts: Facts, edit: Editor, norm: fx.Node, *, tied
     by_hand = {w: why for w in pending if (why := facts(writers).why_not(w))}
     heads = tied_heads(stream) if tied == "shared" else {}
     if not edit.named:
-        by_hand |= {w: why for w in pending if w not in by_hand and (why := _tied_too_tightly(program, w, heads))}
+        by_hand |= {w: why for w in pending if w not in by_hand and (why := _tied(program, w, heads, facts(writers)))}
     told = {reader for readers in even.values() for reader in readers}
     reason = _blocker(stream, {*mine, *told}) or _not_worth(by_hand, mine)
     if reason:
@@ -119,12 +119,15 @@ def _not_worth(by_hand: dict[Writer, str], mine: Sequence[Reader]) -> str | None
     return f"{next(iter(by_hand.values()))}: centring it at run time would cost what {len(mine)} norm(s) save"
 
 
-def _tied_too_tightly(program: Program, writer: Writer, heads: Mapping[fx.Node, object]) -> str | None:
-    """Is the mean of each row of a tied table much beside the whole model?"""
-    table: fx.Node | None = argument(writer.node, "weight") if is_op(writer.node, aten.embedding) else None
-    if table is None or table not in heads or value(table)[:, 0].nbytes <= LITTLE * program.parameter_bytes():
+def _tied(program: Program, writer: Writer, heads: Mapping[fx.Node, Sequence[fx.Node]], known: Writers) -> str | None:
+    """Would a centred table stand beside the one that others read, or the means of its rows be much beside the model?"""
+    source = known.normed_embedding(writer.node, writer.axis) or writer.node
+    table: fx.Node | None = argument(source, "weight") if is_op(source, aten.embedding) else None
+    readers = [n for n in table.users if not is_op(n, aten.embedding)] if table is not None else []
+    lacking = set(readers) <= set(heads.get(table, ())) and value(table)[:, 0].nbytes if table is not None else 0
+    if table is None or not readers or 0 < lacking <= LITTLE * program.parameter_bytes():
         return None
-    return f"{site(table)} is tied to a head, and the means of its rows would make the model larger"
+    return f"{site(table)} is tied to a head, and a centred one or the means of its rows would make the model larger"
 
 
 def _rewrite(

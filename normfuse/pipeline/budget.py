@@ -67,7 +67,7 @@ def too_large(raised: Program, rules: Sequence[Rule], program: Program, log: Log
     if now.total <= ALLOWED * before:
         return {}
     name, costs = _largest_step(raised, rules, log.excluded)
-    reason = f"the model would be {now.total / before - 1:.0%} larger; passes=[{name!r}] does it all the same"
+    reason = f"the model would be {now.total / before - 1:.1%} larger; passes=[{name!r}] does it all the same"
     found: dict[FiringKey, Refusal] = {}
     left = now.total - ALLOWED * before
     for node, cost in costs:
