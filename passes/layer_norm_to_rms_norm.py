@@ -124,7 +124,7 @@ def _tied(program: Program, writer: Writer, heads: Mapping[fx.Node, Sequence[fx.
     source = known.normed_embedding(writer.node, writer.axis) or writer.node
     table: fx.Node | None = argument(source, "weight") if is_op(source, aten.embedding) else None
     readers = [n for n in table.users if not is_op(n, aten.embedding)] if table is not None else []
-    lacking = set(readers) <= set(heads.get(table, ())) and value(table)[:, 0].nbytes if table is not None else 0
+    lacking = {*table.users} - {source} <= {*heads.get(table, ())} and value(table)[:, 0].nbytes if table and readers else 0
     if table is None or not readers or 0 < lacking <= LITTLE * program.parameter_bytes():
         return None
     return f"{site(table)} is tied to a head, and a centred one or the means of its rows would make the model larger"
