@@ -11,7 +11,7 @@ Reference: METHODS 1.2; Jiang et al. 2023 (arXiv 2305.14858), section 4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 
 from torch import fx
 
@@ -19,24 +19,26 @@ from normfuse.algebra.channels import centre, map_writer
 from normfuse.algebra.means import centre_even, even_writers, share, tied_heads
 from normfuse.analysis import Facts
 from normfuse.analysis.streams import Reader, Stream, Writer, stream_of
-from normfuse.analysis.writers import writers
+from normfuse.analysis.writers import Writers, writers
 from normfuse.analysis.zero_mean import zero_mean
-from normfuse.graph.node import argument, aten, is_op, op_name, operand, rank, same_size, shape, site
+from normfuse.graph.node import argument, aten, is_op, op_name, operand, rank, same_size, shape, site, value
 from normfuse.graph.program import Program
 from normfuse.graph.roles import weight_only
 from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.rewrite import Editor, Exactness, Transform
 
-TIED = ("copy", "shared")
+TIED = ("shared", "copy")
+LITTLE = 1 / 200
 
 
-def configured(*, tied: str = "copy") -> Transform:
+def configured(*, tied: str | None = None) -> Transform:
     """The pass with options, for `optimize(passes=[...])` in the place of its name.
 
-    `tied`: a head that shares its table with the embedding keeps the table as it was, so that there are two of them
-    ("copy"); or it reads the centred one as well, and what that lacks, sum(y) mean(E), is added ("shared").
+    `tied`: a head that shares its table with the embedding reads the centred one as well, and what that lacks,
+    sum(y) mean(E), is added ("shared"; where mean(E) is much beside the model, what is looked up is centred at run
+    time); or it keeps the table as it was, so that there are two of them ("copy", where the pass is asked for by name).
     """
-    if tied not in TIED:
+    if tied not in (None, *TIED):
         raise ValueError(f"tied must be one of {', '.join(TIED)}, not {tied!r}")
 
     def run(program: Program, facts: Facts, edit: Editor) -> None:
@@ -44,12 +46,12 @@ def configured(*, tied: str = "copy") -> Transform:
         for each in [n for n in program.graph.nodes if is_op(n, aten.layer_norm)]:
             norm = edit.current(each)  # the shift of a norm before may have been centred
             if norm not in done and is_op(norm, aten.layer_norm) and norm not in facts(weight_only):
-                done.update(_centre(program, facts, edit, norm, share_tables=tied == "shared"))
+                done.update(_centre(program, facts, edit, norm, tied=tied or TIED[edit.named]))
 
     return Transform("layer_norm_to_rms_norm", exactness=Exactness.ALGEBRAIC, run=run)
 
 
-def _centre(program: Program, facts: Facts, edit: Editor, norm: fx.Node, *, share_tables: bool) -> list[fx.Node]:
+def _centre(program: Program, facts: Facts, edit: Editor, norm: fx.Node, *, tied: str) -> list[fx.Node]:
     """Centre the stream that `norm` reads, or say why not; the norms that read it."""
     source = operand(norm)
     stream = stream_of(source, rank(source) - 1, facts(weight_only))
@@ -57,13 +59,17 @@ def _centre(program: Program, facts: Facts, edit: Editor, norm: fx.Node, *, shar
     even = even_writers(program, stream, facts) if edit.named else {}
     pending = [w for w in stream.writers if w not in even and (w.is_weight or not facts(zero_mean)(w.node, w.axis))]
     by_hand = {w: why for w in pending if (why := facts(writers).why_not(w))}
+    heads = tied_heads(stream) if tied == "shared" else {}
+    if not edit.named:
+        by_hand |= {w: why for w in pending if w not in by_hand and (why := _tied(program, w, heads, facts(writers)))}
     told = {reader for readers in even.values() for reader in readers}
     reason = _blocker(stream, {*mine, *told}) or _not_worth(by_hand, mine)
     if reason:
         for reader in mine:
             edit.refuse(reader.node, reason)
     elif mine and edit.permit(norm):
-        heads = tied_heads(stream) if share_tables else {}
+        as_they_were = {argument(w.node, "weight") for w in by_hand if is_op(w.node, aten.embedding)}
+        heads = {table: readers for table, readers in heads.items() if table not in as_they_were}
         _rewrite(edit, facts, mine, pending, by_hand)
         share(edit, heads)
         centre_even(edit, even)
@@ -110,6 +116,17 @@ def _not_worth(by_hand: dict[Writer, str], mine: Sequence[Reader]) -> str | None
     if not by_hand or 2 * len(by_hand) <= len(mine):
         return None
     return f"{next(iter(by_hand.values()))}: centring it at run time would cost what {len(mine)} norm(s) save"
+
+
+def _tied(program: Program, writer: Writer, heads: Mapping[fx.Node, Sequence[fx.Node]], known: Writers) -> str | None:
+    """Would a centred table stand beside the one that others read, or the means of its rows be much beside the model?"""
+    source = known.normed_embedding(writer.node, writer.axis) or writer.node
+    table: fx.Node | None = argument(source, "weight") if is_op(source, aten.embedding) else None
+    readers = [n for n in table.users if not is_op(n, aten.embedding)] if table is not None else []
+    lacking = {*table.users} - {source} <= {*heads.get(table, ())} and value(table)[:, 0].nbytes if table and readers else 0
+    if table is None or not readers or 0 < lacking <= LITTLE * program.parameter_bytes():
+        return None
+    return f"{site(table)} is tied to a head, and a centred one or the means of its rows would make the model larger"
 
 
 def _rewrite(

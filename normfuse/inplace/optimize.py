@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, fx, nn
 
@@ -65,27 +65,40 @@ def _writable(
         while True:
             log = Log(excluded=excluded)
             try:
-                return plan_write_back(model, old, pipeline.rewrite(raised, log)), log
+                return plan_write_back(model, old, pipeline.rewrite(raised, log), log.replaced), log
             except RuleError as bug:
                 excluded |= {to_blame(log, bug)}
 
-    excluded: frozenset[FiringKey] = frozenset()
-    refusals: dict[Refusal, None] = {}
+    left_out: dict[frozenset[FiringKey], dict[Refusal, None]] = {}
+    fits_now = False
     while True:
+        excluded = frozenset[FiringKey]().union(*left_out)
         plan, log = attempt(excluded)
         if not plan.problems:
+            if not fits_now:  # once: what verification rolls back may bring a problem of its own
+                _readmit(left_out, lambda keys: not attempt(keys)[0].problems)
+            fits_now = True
+            excluded = frozenset[FiringKey]().union(*left_out)
             result = pipeline.run(trials, excluded)
-            plan, log = plan_write_back(model, old, result.unbaked), result.log
+            plan, log = plan_write_back(model, old, result.unbaked, result.log.replaced), result.log
             if not plan.problems:
-                return result, plan, list(refusals)
+                return result, plan, list(dict.fromkeys(refusal for each in left_out.values() for refusal in each))
         suspects = _suspects(plan, log, silent)
         if not suspects:
             raise VerificationError(f"the rewritten program cannot be told apart by module: {plan.problems[0].reason}")
         guilty = suspects[0]
         if len(suspects) > 1:
             guilty = min(suspects, key=lambda keys: len(attempt(excluded | keys)[0].problems))
-        refusals |= dict.fromkeys(_refused(plan, log, guilty))
-        excluded |= guilty
+        left_out[guilty] = dict.fromkeys(_refused(plan, log, guilty))
+
+
+def _readmit(
+    left_out: dict[frozenset[FiringKey], dict[Refusal, None]], fits: Callable[[frozenset[FiringKey]], bool]
+) -> None:
+    """What was left out before the last, which is to blame, comes back where everything can be written with it, too."""
+    for keys in list(left_out)[:-1]:
+        if fits(frozenset[FiringKey]().union(*(other for other in left_out if other is not keys))):
+            del left_out[keys]
 
 
 def _suspects(plan: Plan, log: Log, silent: frozenset[str]) -> list[frozenset[FiringKey]]:

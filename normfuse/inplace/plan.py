@@ -7,7 +7,7 @@ module does, the module is replaced; anything else is a `Problem` that names the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +32,10 @@ from normfuse.graph.roles import is_view, weight_only
 from normfuse.inplace.slots import Slots, same_program
 from normfuse.ops.rms_norm import RMS_NORM
 from normfuse.ops.traits import Trait, is_a
+from normfuse.rewrite.editor import anchor_name
 from normfuse.rewrite.record import FiringKey
 
+Replaced = Mapping[str, Set[FiringKey]]
 NORMS = Trait.ROW_NORM | Trait.STORED_NORM
 
 
@@ -72,16 +74,21 @@ class Plan:
     problems: list[Problem] = field(default_factory=list)
 
 
-def plan_write_back(model: nn.Module, old: Program, new: Program) -> Plan:
-    """How `model`, which computes `old`, is made to compute `new`; both must come from the same captured program."""
-    return _Planner(model, old, new).run()
+def plan_write_back(model: nn.Module, old: Program, new: Program, replaced: Replaced) -> Plan:
+    """How `model`, which computes `old`, is made to compute `new`; both must come from the same captured program.
+
+    `replaced`: the rewrites that put something else in the place of a node, by the name that it was captured under.
+    """
+    return _Planner(model, old, new, replaced).run()
 
 
 class _Planner:
-    def __init__(self, model: nn.Module, old: Program, new: Program) -> None:
+    def __init__(self, model: nn.Module, old: Program, new: Program, replaced: Replaced) -> None:
         self.model = model
         self.old = old
         self.new = new
+        self.replaced_by = replaced
+        self.alive = {anchor_name(node) for node in new.graph.nodes}
         self.old_weights = weight_only(old)
         self.new_weights = weight_only(new)
         self.slots = Slots(model, old)
@@ -127,7 +134,14 @@ class _Planner:
             yield from self._compare_arguments(old, new)
         else:
             what = f"{op_name(old)} becomes {op_name(new)}, which the module's own code does not do"
-            self._problem(old, what, new, new_reader)
+            firings = self._made_other(old, new) or _firings(new, new_reader)
+            self.plan.problems.append(Problem(site(old), what, firings))
+
+    def _made_other(self, old: fx.Node, new: fx.Node) -> frozenset[FiringKey]:
+        """Who put `new` where `old` was: who made it if `old` is still there or became it, else who took `old` away."""
+        made = frozenset({new.meta["firing"]} if new.meta.get("firing") else ())
+        gone = frozenset(self.replaced_by.get(anchor_name(old), ()))
+        return made or gone if anchor_name(old) in self.alive else gone or made
 
     def _compare_literals(self, old: Any, new: Any, reader: fx.Node, new_reader: fx.Node) -> Iterator[Any]:
         sequences = isinstance(old, list | tuple) and isinstance(new, list | tuple)
@@ -153,18 +167,20 @@ class _Planner:
 
     def _compare_weights(self, old: fx.Node, new: fx.Node, reader: fx.Node, new_reader: fx.Node) -> None:
         path = module_path(reader)
+        whole, looks = new, [(old, new)]
         while is_view(old) and is_view(new) and _same_call(old, new):
             old, new = old.all_input_nodes[0], new.all_input_nodes[0]
+            looks.append((old, new))
         if old.op == "get_attr":
             unchanged = new.op == "get_attr" and new.target == old.target
             if not self.slots.use(old, path, None if unchanged else new):
                 resized = shape(new) != shape(old)
                 why = "gets another shape, which the code may rely on" if resized else "is a constant of the module's code"
                 self._problem(reader, f"{old.target} {why}", new, new_reader)
-        elif same_program(old, new) and not new.meta.get("bake"):
+        elif same_program(old, new) and not any(look.meta.get("bake") for _, look in looks):
             self.slots.keep_leaves(old, path)
-        elif not self.slots.materialize(old, new):
-            self._problem(reader, "its weight is computed by the module's own code at each call", new, new_reader)
+        elif not any(self.slots.materialize(*look) for look in reversed(looks)):
+            self._problem(reader, "its weight is computed by the module's own code at each call", whole, new_reader)
 
     # -- norms
 

@@ -55,7 +55,10 @@ class Slots:
         found = {name for leaf in tensors_behind(computed) if (name := self._reparameterized(str(leaf.target))) is not None}
         if len(found) != 1 or shape(new) != shape(computed):
             return False
-        self.computed.setdefault(found.pop(), []).append(new)
+        (name,) = found
+        if shape(new) != _held_shape(self.model, name):
+            return False
+        self.computed.setdefault(name, []).append(new)
         return True
 
     def _reparameterized(self, leaf: str) -> str | None:
@@ -150,6 +153,12 @@ def leaf_owner(model: nn.Module, name: str) -> nn.Module | None:
     module = model.get_submodule(path)
     held: dict[str, Tensor | None] = {**module._parameters, **module._buffers}
     return module if last in held else None
+
+
+def _held_shape(model: nn.Module, name: str) -> tuple[int, ...]:
+    """The shape of a weight that a parametrization or a hook computes."""
+    path, _, last = name.rpartition(".")
+    return tuple(getattr(model.get_submodule(path), last).shape)
 
 
 def _join(path: str, name: str) -> str:

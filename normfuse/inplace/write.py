@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -91,6 +91,7 @@ def _materialize(model: nn.Module, name: str) -> None:
             if original is not None:
                 copied = nn.Parameter(original.detach().clone(), requires_grad=original.requires_grad)
                 originals._parameters[key] = copied  # type: ignore[union-attr]
+        _give_own_class(module)
         parametrize.remove_parametrizations(module, last, leave_parametrized=True)
         return
     for key, hook in list(module._forward_pre_hooks.items()):
@@ -102,6 +103,13 @@ def _materialize(model: nn.Module, name: str) -> None:
     if last not in module._parameters:
         module.__dict__.pop(last, None)
         module.register_parameter(last, nn.Parameter(value.detach()))
+
+
+def _give_own_class(module: nn.Module) -> None:
+    """Torch takes the property off the class, which copies of the module share: let it be a class of this one alone."""
+    cls = type(module)
+    own = {name: entry for name, entry in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = cast("type[nn.Module]", type(cls.__name__, cls.__bases__, own))
 
 
 def _module(norm: Norm, old: nn.Module, parameter: Any) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import time
 from collections.abc import Generator, Sequence
@@ -14,6 +15,7 @@ from normfuse.errors import NormfuseError, VerificationError
 from normfuse.graph.program import Program
 from normfuse.lower.torch import device_of, torch_target
 from normfuse.ops.tracing import TRACING
+from normfuse.pipeline.budget import too_large
 from normfuse.pipeline.check import check64
 from normfuse.progress import say
 from normfuse.recognise import RULES
@@ -57,6 +59,7 @@ class Pipeline:
         self.not_raised: frozenset[FiringKey] = frozenset()
         self.unlowered: frozenset[FiringKey] = frozenset()
         self.rolled_back: list[Refusal] = []
+        self.oversized: dict[FiringKey, Refusal] = {}
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Generator[None]:
@@ -82,9 +85,20 @@ class Pipeline:
                 self.rolled_back.append(Refusal(key[0], books.sites[key], f"rolled back, {bug}"))
 
     def rewrite(self, raised: Program, log: Log) -> Program:
+        """The passes, less what makes the model too large where nobody asked for it by name; `log` must be new."""
         with TRACING, self.timed("passes"):
-            program = raised.copy()
-            run_passes(program, self.rules, log, named=self.named)
+            while True:
+                tried = copy.deepcopy(log)
+                tried.excluded |= self.oversized.keys()
+                program = raised.copy()
+                run_passes(program, self.rules, tried, named=self.named)
+                whole = not self.named and log.limit is None
+                found = too_large(raised, self.rules, program, tried) if whole else {}
+                if not found:
+                    break
+                self.oversized |= found
+            tried.refusals |= dict.fromkeys(self.oversized.values())
+            vars(log).update(vars(tried))
             mark_zero_mean(program)
             return program
 

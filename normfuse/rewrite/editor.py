@@ -242,6 +242,7 @@ class Editor:
         node = new.node if isinstance(new, Value) else new
         node.meta.setdefault("anchor", anchor_name(old))
         self._replaced[old] = node
+        self._remember(old)
         old.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node)
         self.program.touch()
         self.remove_dead(old)
@@ -255,9 +256,14 @@ class Editor:
 
     def replace_input(self, reader: fx.Node, old: fx.Node, new: fx.Node | Value) -> None:
         """One reader reads `new` instead of `old`."""
+        self._remember(old)
         reader.replace_input_with(old, new.node if isinstance(new, Value) else new)
         self.program.touch()
         self.remove_dead(old)
+
+    def _remember(self, old: fx.Node) -> None:
+        if self._firing is not None:
+            self.log.replaced.setdefault(anchor_name(old), set()).add(self._firing)
 
     def insert_behind(self, node: fx.Node, make: Callable[[Value], Value]) -> None:
         """Every reader of `node` reads `make(node)` instead."""

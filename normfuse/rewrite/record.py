@@ -46,6 +46,8 @@ class Log:
     matched: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=dict)
     sites: dict[FiringKey, str] = field(default_factory=dict)
+    replaced: dict[str, set[FiringKey]] = field(default_factory=dict)
+    """Which rewrites put something else in the place of a node, by its name in the captured graph."""
     told: dict[tuple[str, str], str] = field(default_factory=dict)
     """What was decided where a rule had a choice, by question and answer."""
 

@@ -278,7 +278,7 @@ def test_a_tied_head_may_stay_tied_or_part() -> None:
         assert result.report.verification.error_float64 <= 1e-12
         assert sum(t.numel() for t in result.tensors().values()) == before + more
         assert sum(t.shape == (rows, width) for t in result.tensors().values()) == (2 if tied == "copy" else 1)
-    with pytest.raises(ValueError, match="tied must be one of copy, shared"):
+    with pytest.raises(ValueError, match="tied must be one of shared, copy"):
         layer_norm_to_rms_norm.configured(tied="loose")
 
 
