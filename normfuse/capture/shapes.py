@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,8 @@ _MOST_MIXES = 8
 """Products over positions (attention) behind convolutions up to which free image sizes are captured in seconds."""
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _MIXES = frozenset({"scaled_dot_product_attention", "bmm", "baddbmm", "matmul", "__matmul__", "einsum"})
-COSTLY = "image sizes are kept where windows or many attentions depend on them: capture would take minutes; to let them vary"
+UNNAMED = "of an input of four and more dimensions, batch and length vary; dynamic_shapes lets others vary"
+COSTLY = "windows or many attentions depend on it, capture would take minutes; dynamic_shapes lets it vary"
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,17 @@ def attempts(
     if shapes != "auto":
         yield Attempt(args, kwargs, _by_name(shapes, args, kwargs), "dynamic_shapes does not free it")
         return
-    costly = bool(_CONVOLUTIONS & calls.keys()) and ("roll" in calls or sum(calls[m] for m in _MIXES) > _MOST_MIXES)
+    images = bool(_CONVOLUTIONS & calls.keys())
+    costly = images and ("roll" in calls or sum(calls[m] for m in _MIXES) > _MOST_MIXES)
 
-    def every(tensor: Tensor) -> range:
-        return range(1 if costly and tensor.dim() >= IMAGE_RANK else tensor.dim())
+    def every(tensor: Tensor) -> Sequence[int]:
+        if tensor.dim() < IMAGE_RANK or (images and not costly):
+            return range(tensor.dim())
+        return (0,) if costly else (0, tensor.dim() - 2)  # of a cache, (batch, heads, length, channels), the length
 
     doubled = at_least_two(args, kwargs)
     for given in (doubled, (args, kwargs)) if doubled is not None else ((args, kwargs),):
-        yield Attempt(*given, auto(model, *given, every), COSTLY if costly else "")
+        yield Attempt(*given, auto(model, *given, every), COSTLY if costly else "" if images else UNNAMED)
     given = doubled or (args, kwargs)
     yield Attempt(*given, auto(model, *given, lambda _: range(1)))
     yield Attempt(args, kwargs, None)
@@ -77,7 +81,7 @@ def at_least_two(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[A
     return pytree.tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() > 0 else t, (args, kwargs))
 
 
-def auto(model: nn.Module, args: Any, kwargs: Any, free: Callable[[Tensor], range]) -> Shapes:
+def auto(model: nn.Module, args: Any, kwargs: Any, free: Callable[[Tensor], Sequence[int]]) -> Shapes:
     """What `torch.export` is to be told: these axes of each tensor may vary, unless the example has one entry there."""
     collection = ShapesCollection()
     for tensor in pytree.tree_leaves((args, kwargs)):

@@ -144,12 +144,19 @@ def sizes(x: fx.Node, make: Make) -> list[Any]:
 
 def _size(x: fx.Node, axis: int, make: Make) -> Any:
     """Of an input if it is known from there: a tensor on the way has one reader less."""
-    known = expression(shape(x)[axis])
+    known = size_of_inputs(x.graph, shape(x)[axis], make)
+    return make(aten.sym_size.int, x, axis) if known is None else known
+
+
+def size_of_inputs(graph: fx.Graph, size: Any, make: Make) -> Any:
+    """A size as a number, or worked out from those of the inputs; None where it does not follow from them by sums and
+    products."""
+    known = expression(size)
     if isinstance(known, int):
         return known
-    places = {str(expression(s)): (n, i) for n in x.graph.find_nodes(op="placeholder") for i, s in enumerate(shape(n))}
+    places = {str(expression(s)): (n, i) for n in graph.find_nodes(op="placeholder") for i, s in enumerate(shape(n))}
     if not _is_arithmetic(known) or not all(str(symbol) in places for symbol in known.free_symbols):
-        return make(aten.sym_size.int, x, axis)
+        return None
     return _worked_out(known, places, make)
 
 

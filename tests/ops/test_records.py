@@ -88,7 +88,7 @@ WRONG = {
 @pytest.mark.parametrize("said", WRONG)
 def test_wrong_arguments_are_told_in_one_line(said: str) -> None:
     with pytest.raises(NormfuseError, match=said) as caught:
-        functional.rms_norm(X, **{"eps": 1e-6, **WRONG[said]})
+        derive(operator_named("rms_norm"))(X, **{"eps": 1e-6, **WRONG[said]})
     assert "\n" not in str(caught.value)
 
 
@@ -117,7 +117,8 @@ class All(torch.nn.Module):
     """Every operator of ours, over an axis whose size is free too."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        whole = [functional.crms_norm(x, eps=1e-3, axis=(1, 2)), functional.standardize(x, eps=0.1, ddof=1, axis=1)]
+        crms_norm, standardize = (derive(operator_named(name)) for name in ("crms_norm", "standardize"))
+        whole = [crms_norm(x, eps=1e-3, axis=(1, 2)), standardize(x, eps=0.1, ddof=1, axis=1)]
         return (*whole, *(of(record)(x) for record in CALLABLE if record.ours))
 
 

@@ -18,7 +18,7 @@ NORMS, WEIGHTS = f"{P}methods_norms.py", f"{P}methods_weights.py"
 FORWARD, BACKWARD, BRANCHES = f"{P}fold_batch_norm_forward.py", f"{P}fold_batch_norm.py", f"{P}merge_branches.py"
 CENTRE, CRMS, ROTATE = f"{P}layer_norm_to_rms_norm.py", f"{P}rms_norm_to_crms_norm.py", f"{P}rotate_residual.py"
 AFFINE, SCALES, SCALARS = f"{P}fold_norm_affine.py", f"{P}migrate_scales.py", f"{P}fold_scalars.py"
-LORA, BAKE, FUNCTIONS = f"{P}merge_lora.py", f"{P}bake_weights.py", "tests/test_weight_functions.py"
+LORA, BAKE, FUNCTIONS = f"{P}merge_lora.py", f"{P}bake_weights.py", "tests/weights/test_weight_functions.py"
 
 LINES: dict[str, list[str]] = {
     "affine: four-block GPT, no weight or bias on norms": [f"{NORMS}::test_four_block_gpt_keeps_no_gain_and_no_shift"],
@@ -67,7 +67,7 @@ LINES: dict[str, list[str]] = {
     "R1: kurtosis and int8": [f"{ROTATE}::test_outliers_go_and_int8_errs_less"],
     "R1: LayerNorm first": [f"{ROTATE}::test_refuses_before_its_forerunners"],
     "R3, R4, and without H": [f"{ROTATE}::test_what_no_weight_can_take_is_turned_online"],
-    "R4: H for 14336": ["tests/rewrite/test_orthogonal.py::test_a_large_hadamard_matrix_row_by_row"],
+    "R4: H for 14336": ["tests/algebra/test_orthogonal.py::test_a_large_hadamard_matrix_row_by_row"],
     "SliceGPT: none, one dimension": [f"{NORMS}::test_a_stream_in_its_principal_axes_and_one_channel_less"],
     "LayerNorm Scaling, beta forgotten": [f"{SCALARS}::test_a_forgotten_shift_fails"],
     "RepBN: forward": [f"{FORWARD}::test_a_linear_without_a_bias_gets_one", f"{FORWARD}::test_both_sides_of_a_token_norm"],

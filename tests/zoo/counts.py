@@ -42,6 +42,8 @@ KINDS = frozenset(
         "weight_standardization",
         "attention",
         "softmax",
+        "softmax_with_sink",
+        "branches",
     }
 )
 
@@ -202,7 +204,7 @@ COUNTS: dict[str, dict[str, int]] = {
     "efficientnet": {"batch_norm": 25},
     "convnext": {"layer_norm": 6},
     "convnext-v2": {"layer_norm": 6},
-    "textnet": {"batch_norm": 12},
+    "textnet": {"batch_norm": 12, "branches": 4},
     "hgnet-v2": {"batch_norm": 16},
     "whisper": {"layer_norm": 12, "attention": 6},
     "speech-to-text": {"layer_norm": 12, "attention": 6},

@@ -9,10 +9,15 @@ from typing import Any
 from torch import fx
 
 from normfuse.graph.node import aten, is_op, same_size, shape
+from normfuse.graph.spelling import size_of_inputs
 from normfuse.recognise.attention.labels import Atoms, Labels, behind, is_look
 from normfuse.rewrite import Editor, Value
 
 _MAX_VIEWS = 8
+
+
+class Unknown(Exception):
+    """A size that nothing here can be asked for."""
 
 
 def reachable(node: fx.Node, labels: Labels, atoms: Atoms) -> list[tuple[fx.Node, Labels]]:
@@ -45,7 +50,10 @@ def arranged(
     if not plans:
         return None
     _, _, source, plan = min(plans, key=lambda p: p[:2])
-    return _apply(edit.value(source), plan, atoms, edit)
+    try:
+        return _apply(edit.value(source), plan, atoms, edit)
+    except Unknown:
+        return None
 
 
 class _Plan:
@@ -125,11 +133,21 @@ def _reshape(x: Value, sizes: list[list[Any]], edit: Editor, joined: list[list[i
 
 
 def _asked(x: Value, factors: list[Any], axes: list[int] | None, edit: Editor) -> Any:
-    if axes is None:
-        axes = [next(i for i, s in enumerate(shape(x.node)) if same_size(s, f)) for f in factors]
+    """A product of sizes: those of these axes of the tensor, or these, wherever they are known from."""
+    given = factors if axes is None else [shape(x.node)[axis] for axis in axes]
     total: Any = None
-    for axis in axes:
-        size = shape(x.node)[axis]
-        asked = size if isinstance(size, int) else edit.call(aten.sym_size.int, x, axis)
+    for factor in given:
+        asked = _size(x, factor, edit)
         total = asked if total is None else edit.call(operator.mul, total, asked)
     return total
+
+
+def _size(x: Value, size: Any, edit: Editor) -> Any:
+    axis = next((i for i, s in enumerate(shape(x.node)) if same_size(s, size)), None)
+    if axis is not None:
+        known = shape(x.node)[axis]
+        return known if isinstance(known, int) else edit.call(aten.sym_size.int, x, axis)
+    found = size_of_inputs(x.node.graph, size, lambda target, *args: edit.call(target, *args).node)
+    if found is None:
+        raise Unknown(f"the size {size} is not that of an input")
+    return found

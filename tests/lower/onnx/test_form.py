@@ -230,8 +230,14 @@ def test_a_tied_weight_stands_in_the_file_once(tmp_path: Path) -> None:
 
 def test_attention_without_heads_and_with_other_widths(tmp_path: Path) -> None:
     class Bare(nn.Module):
+        """Gains fix the widths: the scale depends on that of the queries."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.other = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(6))
+
         def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v)
+            return F.scaled_dot_product_attention(q * self.gain, k, v * self.other)
 
     args = (torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.randn(2, 7, 6))
     assert written(Bare(), args, tmp_path / "a.onnx")["Attention"] == 1

@@ -131,10 +131,10 @@ def test_a_file_that_is_wrong_where_its_form_is_right_is_not_written(
 ) -> None:
     right = write.translations
 
-    def wrong(opset: int) -> Any:
+    def wrong(opset: int, used: Any) -> Any:
         from onnxscript import values
 
-        table = right(opset)
+        table = right(opset, used)
         op: Any = values.Opset("", opset)
         layer_norm = table[write_operators().LAYER_NORM.default]
 
