@@ -93,20 +93,23 @@ def captures(
     failure: CaptureError | None = None
     made = 0
     earlier: Mapping[str, str] = {}
-    with every_input_named(model, parameters, named):
-        for attempt in attempts(model, positional, named, dynamic_shapes, calls):
-            reason = attempt.reason or (f"with it free, {failure}".partition(" -- ")[0] if failure is not None else "")
-            try:
+    ways = attempts(model, positional, named, dynamic_shapes, calls)
+    while True:
+        try:
+            with TRACING, every_input_named(model, parameters, named):
+                if (attempt := next(ways, None)) is None:
+                    break
+                reason = attempt.reason or (f"with it free, {failure}".partition(" -- ")[0] if failure is not None else "")
                 program = _export(model, attempt, parameters, reason, earlier)
-                earlier = program.signature.fixed
-                program.signature.flatten(args, kwargs or {})
-            except (CaptureError, InputError) as error:
-                if failure is None and not (images or mutable):
-                    _run_once(model, positional, named)  # its own error says more than the exporter's
-                failure = failure or CaptureError(str(error))
-                continue
-            made += 1
-            yield program
+            earlier = program.signature.fixed
+            program.signature.flatten(args, kwargs or {})
+        except (CaptureError, InputError) as error:
+            if failure is None and not (images or mutable):
+                _run_once(model, positional, named)  # its own error says more than the exporter's
+            failure = failure or CaptureError(str(error))
+            continue
+        made += 1
+        yield program
     if failure is not None and not made:
         raise failure
 

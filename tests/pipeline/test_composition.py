@@ -91,7 +91,7 @@ def test_all_passes_together_keep_the_function(name: str) -> None:
     model, args, kwargs = CASES[name]()
     optimized = normfuse.optimize(model, args, kwargs)
     assert_same(optimized, EXACT)
-    assert bool(optimized.report.fired) == (name != "dit")  # whose every gain depends on the input
+    assert optimized.report.fired
 
 
 @pytest.mark.parametrize("name", ["adapted transformer", "branched network", "gpt", "repvgg", "vit"])
