@@ -91,7 +91,11 @@ class Pipeline:
                 tried = copy.deepcopy(log)
                 tried.excluded |= self.oversized.keys()
                 program = raised.copy()
-                run_passes(program, self.rules, tried, named=self.named)
+                try:
+                    run_passes(program, self.rules, tried, named=self.named)
+                except RuleError:
+                    vars(log).update(vars(tried))  # who asks which firing failed looks there
+                    raise
                 whole = not self.named and log.limit is None
                 found = too_large(raised, self.rules, program, tried) if whole else {}
                 if not found:
