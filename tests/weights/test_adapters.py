@@ -85,7 +85,8 @@ def test_the_rank_stays_and_the_function_is_that_of_the_adapted_model() -> None:
     carried, result, adapted, args = assert_carried(lambda: gpt.build("small"), gpt.example("small"))
     for name in result.report.weights:
         if isinstance(carried.get(name), normfuse.Adapter):
-            assert carried[name].a.shape[0] == 3 and rank(carried[name].delta) == 3
+            delta = carried[name].delta  # of the means of a table's rows, one column
+            assert carried[name].a.shape[0] == 3 and rank(delta) == min(3, *delta.shape)
     merged = normfuse.optimize(gpt.build("small").double(), args)
     with torch.no_grad():
         for name, tensor in list(merged.tensors().items()):
