@@ -134,7 +134,7 @@ class _Trial:
         self.values = [experiment.run(x) for x in self.xs]
         changed = self.xs[0].clone()
         self.place = changed.numel() // 3
-        changed.view(-1)[self.place] += 0.7
+        changed.view(-1)[self.place] = changed.amax() + 0.7  # a small one may have no share in a row, before and after
         self.changed = experiment.run(changed)
         self.at_numbers: dict[float, dict[fx.Node, Tensor]] = {}
 
