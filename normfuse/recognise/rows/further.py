@@ -132,24 +132,27 @@ class _Trial:
         self.experiment = experiment
         self.xs = [experiment.draw(1.0), experiment.draw(1.5)]
         self.values = [experiment.run(x) for x in self.xs]
-        changed = self.xs[0].clone()
+        near = experiment.draw(0.05)  # so near to each other that each has a share in what a row gives
+        self.before = experiment.run(near)
+        changed = near.clone()
         self.place = changed.numel() // 3
-        changed.view(-1)[self.place] = changed.amax() + 0.7  # a small one may have no share in a row, before and after
+        changed.view(-1)[self.place] += 0.02
         self.changed = experiment.run(changed)
         self.at_numbers: dict[float, dict[fx.Node, Tensor]] = {}
 
     def is_finite(self, root: fx.Node) -> bool:
-        values = [v.get(root) for v in (*self.values, self.changed)]
+        values = [v.get(root) for v in (*self.values, self.before, self.changed)]
         return all(isinstance(v, Tensor) and v.is_floating_point() and all_finite(v) for v in values)
 
     def kind(self, root: fx.Node) -> str | None:
         if not self.is_finite(root) or tuple(self.values[0][root].shape) != self.experiment.shape:
             return None
         ys = [v[root] for v in self.values]
-        rows = changed_rows(ys[0], self.changed[root], self.place)
-        if rows is not None and rows.size == 1:
-            return "dyisru" if self._is_isru(root) else None
-        found = None if rows is None or rows.split is not None else self._of_rows(root, rows, ys)
+        rows = changed_rows(self.before[root], self.changed[root], self.place)
+        alone = rows is not None and rows.size == 1
+        if alone and self._is_isru(root):
+            return "dyisru"
+        found = None if rows is None or alone or rows.split is not None else self._of_rows(root, rows, ys)
         return found or ("evo_norm" if self._is_evo(ys) else None)
 
     def _of_rows(self, root: fx.Node, rows: Rows, ys: list[Tensor]) -> str | None:
