@@ -51,8 +51,13 @@ class SharedConv(nn.Module):
 
 
 def test_one_convolution_called_under_two_norms() -> None:
-    optimized = everything(randomized(SharedConv()), images(3, 6, 6))
+    model, x = randomized(SharedConv()), images(3, 6, 6)
+    kept = everything(model, x)
+    assert ops(kept)["batch_norm"] >= 1  # a second weight makes the model larger: that is for who asks for it
+    assert "passes=['fold_batch_norm'] does it all the same" in str(reasons(kept, "fold_batch_norm"))
+    optimized = normfuse.optimize(model, (x,), passes=["fold_batch_norm"])
     assert not ops(optimized)["batch_norm"]
+    assert optimized.report.verification
     assert len([p for p in optimized.parameters() if p.dim() == 4]) == 2  # one weight per call
 
 
